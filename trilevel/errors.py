@@ -47,7 +47,11 @@ def require(module: str, *, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        package = module.partition(".")[0]
+        # a package that is there but broken must not be reported as absent
+        absent = isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package
+        state = "is not installed" if absent else f"cannot be imported ({error})"
         raise MissingExtraError(
-            f"{module.split('.')[0]!r} is not installed; it is needed here and comes with the extra {extra!r}: "
+            f"{package!r} {state}; it is needed here and comes with the extra {extra!r}: "
             f"pip install 'trilevel[{extra}]'."
         ) from error

@@ -1,0 +1,41 @@
+"""What every test shares: one thread, deterministic algorithms, a fixed seed, and the data folder when there is one."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+SEED = 20_241
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fix what makes results depend on the machine, before any test module is imported."""
+    torch.set_num_threads(1)
+    # fills torch.empty with NaN as well, so an output that nobody wrote shows
+    torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seed Python, numpy and torch the same way before each test."""
+    random.seed(SEED)
+    np.random.seed(SEED)  # noqa: NPY002 - third-party code draws from the global generator
+    torch.manual_seed(SEED)
+    return SEED
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of data sets that `TRILEVEL_DATA` names; the test is skipped when there is none."""
+    given = os.environ.get("TRILEVEL_DATA")
+    if not given:
+        pytest.skip("TRILEVEL_DATA is not set; it names the folder that holds docs/, images/, ...")
+    folder = Path(given)
+    if not folder.is_dir():
+        pytest.skip(f"TRILEVEL_DATA={given} is no folder")
+    return folder
