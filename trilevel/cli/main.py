@@ -1,0 +1,74 @@
+"""The `trilevel` command: its options, its commands, and how an error leaves it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import trilevel
+from trilevel.cli.exits import INTERRUPTED, USAGE_ERROR
+from trilevel.errors import TrilevelError
+
+COMMANDS = ("demo", "summarize", "train", "evaluate", "bench", "info")
+
+
+class Commands(TyperGroup):
+    """The commands in the order they are registered; turns our own errors into a message and an exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The commands in the order a newcomer meets them, not by alphabet."""
+        return list(self.commands)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; a `TrilevelError` ends with exit code 2, Ctrl-C with 130, neither with a traceback."""
+        try:
+            return super().invoke(ctx)
+        except TrilevelError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(USAGE_ERROR) from None
+        except KeyboardInterrupt as interrupt:
+            # a command that saved its work says so in the exception
+            typer.echo(str(interrupt) or "interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(given: bool) -> None:
+    if given:
+        typer.echo(f"trilevel {trilevel.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Long documents through local, regional and global attention, on a CPU.
+
+    Start with `trilevel demo`; `trilevel COMMAND --help` explains a command.
+    """
+
+
+for _name in COMMANDS:
+    if importlib.util.find_spec(f"trilevel.cli.{_name}") is None:
+        continue
+    _module = importlib.import_module(f"trilevel.cli.{_name}")
+    if isinstance(getattr(_module, "app", None), typer.Typer):
+        app.add_typer(_module.app, name=_name)
+    else:
+        app.command(_name)(getattr(_module, _name))
