@@ -51,7 +51,7 @@ class RecallTask:
         if self.num_tokens % self.num_regions or size <= self.guard + 1 or self.num_keys < self.num_regions:
             raise ConfigError(
                 f"RecallTask: num_tokens={self.num_tokens} must be a multiple of num_regions={self.num_regions}, a "
-                f"region longer than guard + 1 ({self.guard} + 1), and num_keys={self.num_keys} no fewer than the regions."
+                f"region longer than guard + 1 ({self.guard} + 1), num_keys={self.num_keys} no fewer than the regions."
             )
 
     @property
