@@ -1,0 +1,1 @@
+"""Applications: each a folder with data, model, recipe, evaluation and a README."""

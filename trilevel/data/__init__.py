@@ -1,0 +1,1 @@
+"""Data: load, split, generate."""
