@@ -1,0 +1,499 @@
+"""Portable implementation: batched matrix products over blocks of queries and strided windows of keys.
+
+Memory and time are O(tokens * (window + tail)). Without gradients, long inputs are streamed head by head and block by
+block, so that the logits of one step stay in cache and the peak does not grow with the heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from trilevel.attention.call import Call
+from trilevel.attention.entries import (
+    Entries,
+    RegionTail,
+    Remainder,
+    TokenTail,
+    choose_global,
+    global_entries,
+    local_entries,
+    pool_weights,
+    region_slots,
+    regional_entries,
+    tail_bias,
+)
+from trilevel.attention.geometry import Geometry, make_geometry, slot_view
+
+# logits of one streamed step: 2 MiB of float32 stay in the second-level cache of the machines we target
+STEP_LOGITS = 512 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A run of query rows in blocks; per-row tensors are (batch or 1, 1, blocks, 1, block, 1)."""
+
+    start: int
+    stop: int
+    block: int
+    num_blocks: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """Cut (batch or 1, tokens) to these rows, padded with 0."""
+        rows = pad(x[:, self.start : self.stop], (0, self.num_blocks * self.block - (self.stop - self.start)))
+        return rows.view(x.shape[0], 1, self.num_blocks, 1, self.block, 1)
+
+    def vectors(self, x: Tensor) -> Tensor:
+        """Cut (batch, heads, tokens, dim) to (batch, heads, blocks, 1, block, dim), padded with 0."""
+        batch, heads, _, dim = x.shape
+        spare = self.num_blocks * self.block - (self.stop - self.start)
+        rows = pad(x[:, :, self.start : self.stop], (0, 0, 0, spare))
+        return rows.reshape(batch, heads, self.num_blocks, 1, self.block, dim)
+
+
+def attend(call: Call) -> tuple[Tensor, Tensor]:
+    """Outputs (batch, heads, tokens, dim) and log-sum-exp (batch, heads, tokens) of a validated call."""
+    geometry = make_geometry(
+        call.query.shape[2],
+        radius=call.levels.radius,
+        valid=call.valid,
+        segment=call.segment,
+        num_segments=call.num_segments,
+        is_causal=call.is_causal,
+        device=call.query.device,
+    )
+    call, seen = _hide_nonfinite(call, geometry)
+    parts = [_head_class(call, geometry, index) for index, heads in enumerate(call.split) if heads]
+    out = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts], 1)
+    lse = parts[0][1] if len(parts) == 1 else torch.cat([part[1] for part in parts], 1)
+    if call.valid is not None:
+        out = torch.where(call.valid[:, None, :, None], out, 0)
+        lse = torch.where(call.valid[:, None], lse, -torch.inf)
+    if seen is not None:
+        out = torch.where(seen[:, None, :, None], torch.nan, out)
+        lse = torch.where(seen[:, None], torch.nan, lse)
+    return out, lse
+
+
+def _hide_nonfinite(call: Call, geometry: Geometry) -> tuple[Call, Tensor | None]:
+    """Zero what no query may see, and say which rows see a non-finite token (None where all rows see all tokens)."""
+    q, k, v = call.query, call.key, call.value
+    if call.valid is not None:
+        real = call.valid[:, None, :, None]
+        q, k, v = (torch.where(real, x, 0) for x in (q, k, v))
+    if not call.is_causal and call.segment is None:
+        return replace(call, query=q, key=k, value=v), None
+    finite_q = q.isfinite().all(-1).all(1)
+    finite = k.isfinite().all(-1).all(1) & v.isfinite().all(-1).all(1)
+    count = (~finite).long().cumsum(1)
+    group = geometry.segment.expand_as(count)
+    per_segment = torch.zeros_like(count[:, :1]).expand(-1, call.num_segments).scatter_add(1, group, (~finite).long())
+    before = (per_segment.cumsum(1) - per_segment).gather(1, group)
+    seen = (count - before if call.is_causal else per_segment.gather(1, group)) > 0
+    keep, keep_q = finite[:, None, :, None], finite_q[:, None, :, None]
+    clean = replace(
+        call, query=torch.where(keep_q, q, 0), key=torch.where(keep, k, 0), value=torch.where(keep, v, 0)
+    )
+    seen = seen | ~finite_q
+    return clean, seen if call.valid is None else seen & call.valid
+
+
+def _head_class(call: Call, geometry: Geometry, index: int) -> tuple[Tensor, Tensor]:
+    """Heads of one class: 0 local, 1 regional, 2 global."""
+    group = call.query.shape[1] // call.key.shape[1]
+    start = sum(call.split[:index])
+    stop = start + call.split[index]
+    q = call.query[:, start:stop]
+    k, v = (x[:, start // group : stop // group] for x in (call.key, call.value))
+    weight = None if call.pool_weight is None else call.pool_weight[start // group : stop // group]
+    if q.dtype in (torch.bfloat16, torch.float16):
+        out, lse = _dispatch(call, geometry, index, q.float(), k.float(), v.float(), weight)
+        return out.to(q.dtype), lse
+    return _dispatch(call, geometry, index, q, k, v, weight)
+
+
+def _dispatch(
+    call: Call, geometry: Geometry, index: int, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if call.levels.mode == "strict":
+        if index == 0:
+            return _near_and_tail(call, geometry, q, k, v, Entries())
+        return _strict_regional(call, geometry, q, k, v, weight) if index == 1 else _strict_global(call, geometry, q, k, v)
+    if index == 0:
+        entries = local_entries(call, geometry, k, v)
+    elif index == 1:
+        entries = regional_entries(call, geometry, k, v, weight)
+    else:
+        entries = global_entries(call, geometry, k, v, weight)
+    return _near_and_tail(call, geometry, q, k, v, entries)
+
+
+def _strict_regional(
+    call: Call, geometry: Geometry, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Regions attend to regions; the result is handed to every token of the region, times its gate."""
+    slots = region_slots(call, geometry)
+    group = q.shape[1] // k.shape[1]
+    keys, share = pool_weights(k, slots, weight)
+    pooled_k, pooled_v = ((share @ x).squeeze(-2) for x in (keys, slot_view(v, slots)))
+    pooled_q = (share.repeat_interleave(group, 1) @ slot_view(q, slots)).squeeze(-2)
+    sees = (slots.segment[:, :, None] == slots.segment[:, None]) & (slots.end > slots.start)[:, None]
+    out, lse = _small_attention(pooled_q, pooled_k, pooled_v, sees, None, call.scale)
+    region = slots.of_token.expand(q.shape[0], -1)
+    out = out.gather(2, region[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3]))
+    if call.region_gate is not None:
+        out = out * (2 * call.region_gate.to(out.dtype).sigmoid()).transpose(1, 2)[..., None]
+    return out, lse.gather(2, region[:, None].expand(-1, lse.shape[1], -1))
+
+
+def _strict_global(call: Call, geometry: Geometry, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Global tokens attend to global tokens; the result is scattered back, other tokens get 0."""
+    chosen = choose_global(call, geometry)
+    batch, heads, tokens, dim = q.shape
+    index, valid = chosen.index.flatten(1), chosen.valid.flatten(1)
+    owner = geometry.segment.expand(batch, -1).gather(1, index)
+    sees = (owner[:, :, None] == owner[:, None]) & valid[:, None]
+    bias = tail_bias(call)
+    pick = index[:, None, :, None]
+    chosen_q, chosen_k, chosen_v = (x.gather(2, pick.expand(-1, x.shape[1], -1, dim)) for x in (q, k, v))
+    out, lse = _small_attention(
+        chosen_q, chosen_k, chosen_v, sees, None if bias is None else bias.gather(1, index), call.scale
+    )
+    # unused places point at real tokens: they are sent to a row behind the last, which is cut off
+    target = torch.where(valid, index, tokens)[:, None].expand(-1, heads, -1)
+    full = q.new_zeros(batch, heads, tokens + 1, dim).scatter(2, target[..., None].expand_as(out), out)
+    full_lse = lse.new_full((batch, heads, tokens + 1), -torch.inf).scatter(2, target, lse)
+    return full[:, :, :tokens], full_lse[:, :, :tokens]
+
+
+def _small_attention(
+    q: Tensor, k: Tensor, v: Tensor, sees: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Dense attention among a few entries; sees (batch or 1, queries, entries), bias (batch, entries)."""
+    batch, heads, queries, dim = q.shape
+    groups = k.shape[1]
+    q = q.view(batch, groups, heads // groups, queries, dim)
+    logits = (q * scale) @ k[:, :, None].transpose(-1, -2)
+    if bias is not None:
+        logits = logits + bias[:, None, None, None].to(logits.dtype)
+    # a row that sees nothing keeps finite logits; its output is never read
+    blind = ~sees.any(-1, keepdim=True)
+    logits = torch.where((sees | blind)[:, None, None], logits, -torch.inf)
+    out = torch.softmax(logits, -1) @ v[:, :, None]
+    return out.reshape(batch, heads, queries, dim), logits.logsumexp(-1).reshape(batch, heads, queries)
+
+
+def _near_and_tail(
+    call: Call, geometry: Geometry, q: Tensor, k: Tensor, v: Tensor, entries: Entries
+) -> tuple[Tensor, Tensor]:
+    """One softmax over the near window and the entries, streamed where nothing has to be kept for a backward pass."""
+    batch, heads, tokens, dim = q.shape
+    radius = call.levels.radius
+    block = 32 if radius <= 32 else 64 if radius <= 128 else 128
+    whole = _Rows(0, tokens, block, (tokens + block - 1) // block)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _attend_rows(call, geometry, q, k, v, entries, whole)
+    width = _width(radius, call.is_causal, block) + _tail_width(entries)
+    if batch * heads * tokens * width <= STEP_LOGITS:
+        return _attend_rows(call, geometry, q, k, v, entries, whole)
+    # tokens before heads in memory: what the output projection reads
+    out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    lse = q.new_empty(batch, heads, tokens)
+    groups = k.shape[1]
+    per_group = heads // groups
+    blocks = max(1, STEP_LOGITS // (per_group * block * width))
+    for row in range(batch):
+        own = _row(geometry, row, batch)
+        for group in range(groups):
+            part = _part(entries, row, group, batch)
+            span = slice(group * per_group, (group + 1) * per_group)
+            for start in range(0, tokens, blocks * block):
+                stop = min(tokens, start + blocks * block)
+                rows = _Rows(start, stop, block, (stop - start + block - 1) // block)
+                got = _attend_rows(
+                    call,
+                    own,
+                    q[row : row + 1, span],
+                    k[row : row + 1, group : group + 1],
+                    v[row : row + 1, group : group + 1],
+                    part,
+                    rows,
+                )
+                out[row : row + 1, span, start:stop], lse[row : row + 1, span, start:stop] = got
+    return out, lse
+
+
+def _attend_rows(
+    call: Call, geometry: Geometry, q: Tensor, k: Tensor, v: Tensor, entries: Entries, rows: _Rows
+) -> tuple[Tensor, Tensor]:
+    """Queries of `rows` against everything they see; k and v are whole rows."""
+    batch, heads, _, dim = q.shape
+    groups, block, blocks = k.shape[1], rows.block, rows.num_blocks
+    per_group = heads // groups
+    queries = rows.vectors(q) * call.scale
+    queries = queries.view(batch, groups, per_group, blocks, block, dim).transpose(2, 3)
+    k_near = _windows(k, rows, call.levels.radius, call.is_causal)
+    v_near = _windows(v, rows, call.levels.radius, call.is_causal)
+    near = _near_mask(geometry, rows, call.levels.radius, call.is_causal)
+    low, high = rows.of(geometry.low), rows.of(geometry.high)
+    raw = _blockwise(queries, k_near.transpose(-1, -2))
+    parts = [raw + torch.where(near, 0.0, -torch.inf).to(raw.dtype)]
+    tail = None
+    if entries.tokens is not None:
+        tail = _TokenLogits(entries.tokens, queries, k, v, rows, low, high, geometry, call.is_causal)
+    if tail is not None:
+        parts.append(tail.masked())
+    if entries.regions is not None:
+        region_raw = _shared(queries, entries.regions.key.transpose(-1, -2))
+        parts.append(region_raw + _region_log_count(call, geometry, entries, rows, low, high, tail))
+    remainder = entries.remainder
+    if remainder is not None:
+        count, held = _remainder_count(remainder, rows, low, high, tail)
+        parts.append(_remainder_logit(remainder, rows, queries, raw, near, tail, count, held))
+    logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+    share = torch.softmax(logits, -1)
+    shares = list(share.split([part.shape[-1] for part in parts], -1))
+    near_share = shares.pop(0)
+    rest = shares.pop() / count.clamp(min=1) if remainder is not None else None
+    if rest is not None and remainder is not None and remainder.holds_near:
+        near_share = torch.addcmul(near_share, rest, near.to(rest.dtype), value=-1)
+    out = _blockwise(near_share, v_near)
+    if tail is not None:
+        weight = shares.pop(0)
+        out = out + tail.read(weight if rest is None else torch.addcmul(weight, rest, held.to(rest.dtype), value=-1))
+    if entries.regions is not None:
+        out = out + _shared(shares.pop(0), entries.regions.value)
+    if rest is not None and remainder is not None:
+        out = torch.addcmul(out, rest, _sums(remainder.value_sum, rows))
+    length = rows.stop - rows.start
+    out = out.transpose(2, 3).reshape(batch, heads, blocks * block, dim)[:, :, :length]
+    lse = logits.logsumexp(-1).transpose(2, 3).reshape(batch, heads, blocks * block)[:, :, :length]
+    return out, lse
+
+
+class _TokenLogits:
+    """Logits of the token tail for a run of rows, and the weighted read of its values."""
+
+    def __init__(
+        self,
+        tail: TokenTail,
+        queries: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows: _Rows,
+        low: Tensor,
+        high: Tensor,
+        geometry: Geometry,
+        is_causal: bool,
+    ) -> None:
+        batch, groups, dim = k.shape[0], k.shape[1], k.shape[3]
+        segment = rows.of(geometry.segment)
+        self.per_query = tail.set_of_token is not None
+        if tail.set_of_token is None:
+            view = (tail.index.shape[0], 1, 1, 1, 1, -1)
+            own = [x.view(view) for x in (tail.rank, tail.segment, tail.valid)]
+            bias = None if tail.bias is None else tail.bias.view(view)
+            pick = tail.index[:, None, :, None].expand(batch, groups, -1, dim)
+            self.value = v.gather(2, pick)
+            self.raw = _shared(queries, k.gather(2, pick).transpose(-1, -2))
+        else:
+            chosen = rows.of(tail.set_of_token + 1).flatten(1).expand(batch, -1) - 1
+            view = (batch, 1, rows.num_blocks, 1, rows.block, -1)
+            count = tail.index.shape[2]
+            pick = chosen.clamp(min=0)[..., None].expand(-1, -1, count)
+            own = [x.gather(1, pick).view(view) for x in (tail.rank, tail.segment, tail.valid)]
+            own[2] = own[2] & (chosen >= 0).view(batch, 1, rows.num_blocks, 1, rows.block, 1)
+            bias = None if tail.bias is None else tail.bias.gather(1, pick).view(view)
+            position = tail.index.gather(1, pick).flatten(1)[:, None, :, None].expand(batch, groups, -1, dim)
+            shape = (batch, groups, rows.num_blocks, rows.block, count, dim)
+            self.value = v.gather(2, position).view(shape)
+            keys = k.gather(2, position).view(shape)
+            # one small product a query: rows of the group's heads against the query's own keys
+            self.raw = (queries.transpose(3, 4) @ keys.transpose(-1, -2)).transpose(3, 4)
+        self.rank, self.bias = own[0], bias
+        beyond = own[0] < low if is_causal else (own[0] < low) | (own[0] >= high)
+        self.outside = own[2] & (own[1] == segment) & beyond
+
+    def masked(self) -> Tensor:
+        """Logits with c_j, -inf where the token is in the near window or not visible."""
+        logits = self.raw if self.bias is None else self.raw + self.bias.to(self.raw.dtype)
+        return torch.where(self.outside, logits, -torch.inf)
+
+    def read(self, weight: Tensor) -> Tensor:
+        """Weighted values, (batch, groups, blocks, heads per group, block, dim)."""
+        if not self.per_query:
+            return _shared(weight, self.value)
+        return (weight.transpose(3, 4) @ self.value).transpose(3, 4)
+
+
+def _near_mask(geometry: Geometry, rows: _Rows, radius: int, is_causal: bool) -> Tensor:
+    """(batch or 1, 1, blocks, 1, block, width): keys of the window that are in near(i); a query always sees itself."""
+    rank = geometry.rank if geometry.valid is None else torch.where(geometry.valid, geometry.rank, -1)
+    keys = _windows(rank[:, None, :, None], rows, radius, is_causal, fill=-1)
+    keys = keys.view(rank.shape[0], 1, rows.num_blocks, 1, 1, -1)
+    place = torch.arange(keys.shape[-1], device=rank.device)
+    own = place == torch.arange(rows.block, device=rank.device)[:, None] + radius
+    return ((keys >= rows.of(geometry.low)) & (keys < rows.of(geometry.high))) | own
+
+
+def _width(radius: int, is_causal: bool, block: int) -> int:
+    """Keys in a block's window, a multiple of the block."""
+    reach = radius if is_causal else 2 * radius
+    return block * (1 + (reach + block - 1) // block)
+
+
+def _tail_width(entries: Entries) -> int:
+    tokens = 0 if entries.tokens is None else entries.tokens.index.shape[-1]
+    regions = 0 if entries.regions is None else entries.regions.key.shape[2]
+    return tokens + regions + 1
+
+
+def _windows(x: Tensor, rows: _Rows, radius: int, is_causal: bool, fill: float = 0) -> Tensor:
+    """Keys around every block of `rows`: (batch, heads, blocks, width, dim), `fill` outside the row.
+
+    Place t of block b is token `rows.start + b * block + t - radius`.
+    """
+    batch, heads, tokens, dim = x.shape
+    block, blocks = rows.block, rows.num_blocks
+    width = _width(radius, is_causal, block)
+    first, last = rows.start - radius, rows.start - radius + (blocks - 1) * block + width
+    left, right = max(-first, 0), torch.sym_max(last - tokens, 0)
+    part = x[:, :, max(first, 0) : torch.sym_min(last, tokens)]
+    padded = pad(part, (0, 0, left, right), value=fill)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and batch * heads == 1:
+        # a view with overlapping rows, which bmm reads without a copy
+        return padded.unfold(2, width, block).transpose(-1, -2)
+    cut = padded.view(batch, heads, -1, block, dim)
+    pieces = [cut[:, :, step : step + blocks] for step in range(width // block)]
+    return torch.cat(pieces, 3)
+
+
+def _blockwise(x: Tensor, y: Tensor) -> Tensor:
+    """Product a block: x (batch, groups, blocks, heads, block, a), y (batch, groups, blocks, a, b)."""
+    batch, groups, blocks, heads, block, inner = x.shape
+    product = torch.bmm(
+        x.reshape(batch * groups * blocks, heads * block, inner), y.reshape(batch * groups * blocks, inner, y.shape[-1])
+    )
+    return product.view(batch, groups, blocks, heads, block, y.shape[-1])
+
+
+def _shared(x: Tensor, y: Tensor) -> Tensor:
+    """Product with what all blocks share: x (batch, groups, blocks, heads, block, a), y (batch, groups, a, b)."""
+    batch, groups, blocks, heads, block, inner = x.shape
+    product = torch.bmm(
+        x.reshape(batch * groups, blocks * heads * block, inner), y.reshape(batch * groups, inner, y.shape[-1])
+    )
+    return product.view(batch, groups, blocks, heads, block, y.shape[-1])
+
+
+def _region_log_count(
+    call: Call,
+    geometry: Geometry,
+    entries: Entries,
+    rows: _Rows,
+    low: Tensor,
+    high: Tensor,
+    tail: _TokenLogits | None,
+) -> Tensor:
+    """log of the tokens of every region that are visible and in no other entry, -inf for none."""
+    assert entries.regions is not None
+    slots = entries.regions.slots
+    start, end, segment, full = (
+        x.view(x.shape[0], 1, 1, 1, 1, -1) for x in (slots.start, slots.end, slots.segment, slots.full)
+    )
+    count = (end - start) - (torch.minimum(end, high) - torch.maximum(start, low)).clamp(min=0)
+    if tail is not None:
+        inside = (tail.rank[..., None] >= start[..., None, :]) & (tail.rank[..., None] < end[..., None, :])
+        held = tail.outside.to(torch.float32)[..., None, :] @ inside.to(torch.float32)
+        count = count - held.squeeze(-2).long()
+    sees = segment == rows.of(geometry.segment)
+    if call.is_causal:
+        sees = sees & full & (end <= rows.of(geometry.rank) + 1)
+    return torch.where(sees, count, 0).to(entries.regions.key.dtype).log()
+
+
+def _remainder_count(
+    remainder: Remainder, rows: _Rows, low: Tensor, high: Tensor, tail: _TokenLogits | None
+) -> tuple[Tensor, Tensor]:
+    """Tokens of the remainder, and which tail tokens its sums hold and have to give back."""
+    count = rows.of(remainder.count)
+    if remainder.holds_near:
+        count = count - (high - low)
+    if tail is None:
+        return count, count
+    held = tail.outside & (tail.rank >= rows.of(remainder.start))
+    return count - held.sum(-1, keepdim=True), held
+
+
+def _remainder_logit(
+    remainder: Remainder,
+    rows: _Rows,
+    queries: Tensor,
+    raw: Tensor,
+    near: Tensor,
+    tail: _TokenLogits | None,
+    count: Tensor,
+    held: Tensor,
+) -> Tensor:
+    """Mean logit of the tokens of the remainder plus log count, -inf for none."""
+    sums = _sums(remainder.key_sum, rows)
+    total = (queries * sums).sum(-1, keepdim=True)
+    if remainder.holds_near:
+        total = total - (raw * near.to(raw.dtype)).sum(-1, keepdim=True)
+    if tail is not None:
+        total = total - (tail.raw * held.to(raw.dtype)).sum(-1, keepdim=True)
+    size = count.clamp(min=1).to(raw.dtype)
+    return torch.where(count > 0, total / size + size.log(), -torch.inf)
+
+
+def _sums(x: Tensor, rows: _Rows) -> Tensor:
+    """Sums of the remainder for these rows, (batch, groups, blocks or 1, 1, block or 1, dim)."""
+    return x[:, :, :, None, None] if x.shape[2] == 1 else rows.vectors(x)
+
+
+def _row(geometry: Geometry, row: int, batch: int) -> Geometry:
+    """The geometry of one row of the batch."""
+    if batch == 1 or geometry.rank.shape[0] == 1:
+        return geometry
+    names = ("rank", "low", "high", "first", "last", "order", "segment", "segment_first", "segment_count", "valid")
+    cut = {name: getattr(geometry, name) for name in names}
+    return replace(geometry, **{n: x if x is None else x[row : row + 1] for n, x in cut.items()})
+
+
+def _part(entries: Entries, row: int, group: int, batch: int) -> Entries:
+    """The entries of one row of the batch and one KV group."""
+
+    def pick(x: Tensor) -> Tensor:
+        return x if x.shape[0] == 1 else x[row : row + 1]
+
+    def pick_group(x: Tensor) -> Tensor:
+        return pick(x)[:, group : group + 1]
+
+    tokens, regions, remainder = entries.tokens, entries.regions, entries.remainder
+    if tokens is not None:
+        tokens = TokenTail(
+            index=pick(tokens.index),
+            rank=pick(tokens.rank),
+            segment=pick(tokens.segment),
+            valid=pick(tokens.valid),
+            bias=None if tokens.bias is None else pick(tokens.bias),
+            set_of_token=None if tokens.set_of_token is None else pick(tokens.set_of_token),
+        )
+    if regions is not None:
+        slots = replace(
+            regions.slots,
+            **{n: pick(getattr(regions.slots, n)) for n in ("start", "end", "segment", "full", "of_token", "offset")},
+        )
+        regions = RegionTail(key=pick_group(regions.key), value=pick_group(regions.value), slots=slots)
+    if remainder is not None:
+        remainder = replace(
+            remainder,
+            key_sum=pick_group(remainder.key_sum),
+            value_sum=pick_group(remainder.value_sum),
+            count=pick(remainder.count),
+            start=pick(remainder.start),
+        )
+    return Entries(tokens=tokens, regions=regions, remainder=remainder)

@@ -1,0 +1,252 @@
+"""`MultiLevelAttention`: projections, positions and parameters around `multi_level_attention`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from trilevel.attention.api import Impl, dense_attention, multi_level_attention
+from trilevel.attention.geometry import make_geometry, make_slots
+from trilevel.attention.levels import HeadSplit, Levels
+from trilevel.attention.rope import rotary
+from trilevel.attention.select import select_global
+from trilevel.errors import ConfigError, ShapeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What a layer looked at: which tokens were global and why, and the regions.
+
+    global_index: (batch, p) positions, one row a sequence. global_valid: whether the place is used. global_score:
+    learned score; global_prior: prior; global_forced: whether forced; all (batch, p). region_index: (batch, tokens).
+    """
+
+    split: HeadSplit
+    global_index: Tensor
+    global_valid: Tensor
+    global_score: Tensor
+    global_prior: Tensor
+    global_forced: Tensor
+    region_index: Tensor
+
+
+class MultiLevelAttention(nn.Module):
+    """Self-attention with local, regional and global heads; `levels=None` is dense attention of the same weights.
+
+    Follows `torch.nn.MultiheadAttention` with `batch_first=True` (embed_dim, num_heads, bias, masks that are True on
+    padding), for self-attention only. Beyond the projections it learns `pool_weight` (kv_heads, dim; zero at first, so
+    that regions start as plain means), `scorer` (the global-token score w . x_j) and, in `strict` mode, `region_gate`.
+
+    Args:
+        embed_dim: features of a token.
+        num_heads: query heads; they stand in the order local, regional, global.
+        levels: the levels, or None for dense attention.
+        num_kv_heads: key and value heads (grouped queries), default num_heads.
+        bias: biases in the projections.
+        rope_theta: base of the rotary positions; None for none.
+        is_causal: a token sees the past and itself.
+        impl: implementation of `multi_level_attention`.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ConfigError: sizes do not divide, or levels do not fit the heads.
+
+    >>> layer = MultiLevelAttention(32, 4, levels=Levels(window=5, region_size=4, num_global_tokens=2))
+    >>> layer(torch.zeros(2, 11, 32)).shape
+    torch.Size([2, 11, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        levels: Levels | None,
+        num_kv_heads: int | None = None,
+        bias: bool = True,
+        rope_theta: float | None = None,
+        is_causal: bool = False,
+        impl: Impl = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads < 1 or embed_dim % num_heads or kv_heads < 1 or num_heads % kv_heads:
+            raise ConfigError(
+                f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}, "
+                f"and num_heads one of num_kv_heads={kv_heads}."
+            )
+        self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, kv_heads
+        self.head_dim = embed_dim // num_heads
+        if rope_theta is not None and self.head_dim % 2:
+            raise ConfigError(f"rotary positions need an even head size, got {self.head_dim}.")
+        self.levels, self.rope_theta, self.is_causal, self.impl = levels, rope_theta, is_causal, impl
+        self.in_proj = nn.Linear(
+            embed_dim, (num_heads + 2 * kv_heads) * self.head_dim, bias=bias, device=device, dtype=dtype
+        )
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        if levels is not None:
+            split = levels.ratio.split(num_heads, kv_heads)
+            self.pool_weight = nn.Parameter(torch.zeros(kv_heads, self.head_dim, device=device, dtype=dtype))
+            self.scorer = nn.Linear(embed_dim, 1, bias=False, device=device, dtype=dtype)
+            if levels.mode == "strict" and split.regional:
+                self.region_gate = nn.Linear(embed_dim, split.regional, bias=False, device=device, dtype=dtype)
+                nn.init.zeros_(self.region_gate.weight)
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = ...,
+        segment_ids: Tensor | None = ...,
+        num_segments: int | None = ...,
+        positions: Tensor | None = ...,
+        global_prior: Tensor | None = ...,
+        global_forced: Tensor | None = ...,
+        explain: Literal[False] = ...,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = ...,
+        segment_ids: Tensor | None = ...,
+        num_segments: int | None = ...,
+        positions: Tensor | None = ...,
+        global_prior: Tensor | None = ...,
+        global_forced: Tensor | None = ...,
+        explain: Literal[True],
+    ) -> tuple[Tensor, Explanation]: ...
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        num_segments: int | None = None,
+        positions: Tensor | None = None,
+        global_prior: Tensor | None = None,
+        global_forced: Tensor | None = None,
+        explain: bool = False,
+    ) -> Tensor | tuple[Tensor, Explanation]:
+        """Attend.
+
+        Args:
+            x: (batch, tokens, embed_dim).
+            padding_mask: (batch, tokens) bool, True = padding.
+            segment_ids: (batch, tokens) packed sequences, non-decreasing.
+            num_segments: bound of the ids, required under compile and export.
+            positions: (batch or 1, tokens) for the rotary embedding, default 0, 1, 2, ...
+            global_prior: (batch, tokens) prior of a token as global token.
+            global_forced: (batch, tokens) bool.
+            explain: return (output, Explanation); one segment a row only.
+
+        Returns:
+            (batch, tokens, embed_dim).
+        """
+        if x.ndim != 3 or x.shape[2] != self.embed_dim:
+            raise ShapeError(f"x must be (batch, tokens, {self.embed_dim}), got {tuple(x.shape)}.")
+        if padding_mask is not None:
+            x = x.masked_fill(padding_mask[..., None], 0)
+        q, k, v = self.project(x, positions)
+        if self.levels is None:
+            if explain:
+                raise ConfigError("explain=True needs levels; this layer is dense (levels=None).")
+            attended = dense_attention(
+                q,
+                k,
+                v,
+                valid=None if padding_mask is None else ~padding_mask,
+                segment=segment_ids,
+                is_causal=self.is_causal,
+            )
+            return self._merged(attended)
+        needs_score = self.levels.ratio.global_ > 0
+        score = self.scorer(x).squeeze(-1) if needs_score else None
+        attended = multi_level_attention(
+            q,
+            k,
+            v,
+            levels=self.levels,
+            pool_weight=self.pool_weight,
+            global_score=score,
+            global_prior=global_prior if needs_score else None,
+            global_forced=global_forced if needs_score else None,
+            region_gate=self.region_gate(x) if hasattr(self, "region_gate") else None,
+            padding_mask=padding_mask,
+            segment_ids=segment_ids,
+            num_segments=num_segments,
+            is_causal=self.is_causal,
+            impl=self.impl,
+        )
+        out = self._merged(attended)
+        if not explain:
+            return out
+        return out, self._explanation(self.levels, x, padding_mask, segment_ids, global_prior, global_forced)
+
+    def project(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys (rotated) and values: (batch, heads or kv_heads, tokens, head_dim)."""
+        batch, tokens, _ = x.shape
+        heads, groups = self.num_heads, self.num_kv_heads
+        fused = self.in_proj(x).view(batch, tokens, heads + 2 * groups, self.head_dim).transpose(1, 2)
+        q, k, v = fused.split([heads, groups, groups], 1)
+        if self.rope_theta is not None:
+            place = torch.arange(tokens, device=x.device)[None] if positions is None else positions
+            q, k = rotary(q, place, theta=self.rope_theta), rotary(k, place, theta=self.rope_theta)
+        return q, k, v
+
+    def _merged(self, attended: Tensor) -> Tensor:
+        merged: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return merged
+
+    @torch.no_grad()
+    def _explanation(
+        self,
+        levels: Levels,
+        x: Tensor,
+        padding_mask: Tensor | None,
+        segment_ids: Tensor | None,
+        prior: Tensor | None,
+        forced: Tensor | None,
+    ) -> Explanation:
+        if segment_ids is not None or self.is_causal:
+            raise ConfigError("explain=True explains one bidirectional sequence a row; segment_ids must be None.")
+        batch, tokens, _ = x.shape
+        score = self.scorer(x).squeeze(-1)
+        prior = torch.zeros_like(score) if prior is None else prior.expand(batch, tokens).to(score.dtype)
+        forced = torch.zeros_like(score, dtype=torch.bool) if forced is None else forced
+        valid = None if padding_mask is None else ~padding_mask
+        geometry = make_geometry(
+            tokens,
+            radius=levels.radius,
+            valid=valid,
+            segment=None,
+            num_segments=1,
+            is_causal=False,
+            device=x.device,
+        )
+        chosen = select_global(
+            score + prior, forced, geometry, num_global_tokens=levels.num_global_tokens, chunk=None
+        )
+        index = chosen.index[:, 0]
+        slots = make_slots(geometry, size=levels.region_size, num_slots=levels.num_regions)
+        return Explanation(
+            split=levels.ratio.split(self.num_heads, self.num_kv_heads),
+            global_index=index,
+            global_valid=chosen.valid[:, 0],
+            global_score=score.gather(1, index),
+            global_prior=prior.gather(1, index),
+            global_forced=forced.gather(1, index),
+            region_index=slots.of_token.expand(batch, -1),
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes and levels."""
+        return f"{self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, levels={self.levels}"
