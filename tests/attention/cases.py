@@ -96,10 +96,22 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64, seed: int = 7) -> dic
         # one decimal, so that there are ties
         arguments["global_score"] = (normal(case.batch, case.tokens) * 3).round() / 3
         arguments["global_prior"] = (normal(case.batch, case.tokens) * 2).round() / 2
-        arguments["global_forced"] = torch.rand(case.batch, case.tokens, generator=draw) < 0.1
+        arguments["global_forced"] = _forced(case, arguments, draw)
         if case.levels.mode == "strict" and split.regional:
             arguments["region_gate"] = normal(case.batch, case.tokens, split.regional)
     return {name: value for name, value in arguments.items() if name not in case.without}
+
+
+def _forced(case: Case, arguments: dict[str, Any], draw: torch.Generator) -> Tensor:
+    """Some forced tokens, padding among them, no more real ones in a segment than there may be global tokens."""
+    forced = torch.rand(case.batch, case.tokens, generator=draw) < 0.15
+    blank = torch.zeros(case.batch, case.tokens)
+    padding, segment = arguments.get("padding_mask", blank.bool()), arguments.get("segment_ids", blank.long())
+    for row, column in forced.nonzero().tolist():
+        of_segment = forced[row, : column + 1] & ~padding[row, : column + 1]
+        of_segment &= segment[row, : column + 1] == segment[row, column]
+        forced[row, column] &= of_segment.sum() <= case.levels.num_global_tokens
+    return forced
 
 
 def clone(arguments: dict[str, Any], *, requires_grad: bool = False) -> dict[str, Any]:
