@@ -1,5 +1,6 @@
 # `make demo` and `make test` work on a fresh machine with Python 3.11+ and make. `make help` lists the rest.
-PYTHON ?= python3
+IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11; do $$p $(IS_NEW_ENOUGH) && echo $$p && break; done),python3)
 VENV   ?= .venv
 DOC    ?=
 BIN    := $(VENV)/bin
@@ -22,8 +23,8 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "error: '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo not found); Python 3.11 or later is needed:" \
+	@$(PYTHON) $(IS_NEW_ENOUGH) || { \
+	  echo "error: '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo not there); Python 3.11 or later is needed:" \
 	    "make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "error: '$(PYTHON)' has no venv module; install it (Debian, Ubuntu: apt install python3-venv) or name" \
