@@ -1,0 +1,206 @@
+"""What an encoder is made of, as a value that goes to JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from trilevel.attention.levels import LevelRatio, Levels
+from trilevel.errors import ConfigError
+from trilevel.model.focus import Focus
+
+LayerLevels = Levels | None | tuple[Levels | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderConfig:
+    """An encoder of pre-norm blocks.
+
+    Args:
+        vocab_size: tokens in the vocabulary.
+        dim: width of the residual stream, a multiple of `num_heads`.
+        num_heads: attention heads in each block.
+        num_layers: blocks.
+        levels: what the heads see: one `Levels` for every block, a tuple with one for each, None for dense attention.
+        num_kv_heads: key and value heads (GQA); default `num_heads`.
+        ffn_dim: width inside the feed-forward part; default `4 * dim`.
+        rope_theta: base of the rotary positions; None leaves the model without positions.
+        dropout: after the embedding and after both parts of a block.
+        norm_eps: epsilon of the layer norms.
+        is_causal: a token sees no later token.
+        padding_id: token whose embedding stays zero; None if every token is learned. It is not a mask: say what is
+            padding with `padding_mask`.
+        focus: thin the text out between blocks; None sends every token through all of them.
+        max_tokens: longest input accepted.
+    """
+
+    vocab_size: int
+    dim: int
+    num_heads: int
+    num_layers: int
+    levels: LayerLevels
+    num_kv_heads: int | None = None
+    ffn_dim: int | None = None
+    rope_theta: float | None = 10_000.0
+    dropout: float = 0.0
+    norm_eps: float = 1e-5
+    is_causal: bool = False
+    padding_id: int | None = 0
+    focus: Focus | None = None
+    max_tokens: int = 65_536
+
+    def __post_init__(self) -> None:
+        """Check what embedding and configuration know; the blocks check the rest."""
+        for name in ("vocab_size", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"EncoderConfig: {name}={getattr(self, name)} must be >= 1.")
+        if self.padding_id is not None and not 0 <= self.padding_id < self.vocab_size:
+            raise ConfigError(
+                f"EncoderConfig: padding_id={self.padding_id} is no token of a vocabulary of {self.vocab_size}; "
+                "use None if there is no padding token."
+            )
+        check_blocks(
+            dim=self.dim,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            num_layers=self.num_layers,
+            ffn_dim=self.ffn_dim,
+            rope_theta=self.rope_theta,
+            dropout=self.dropout,
+            focus=self.focus,
+            is_causal=self.is_causal,
+        )
+        layer_levels(self.levels, self.num_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON types; `from_dict` gives an equal one back."""
+        return {field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
+        """The configuration that `to_dict` wrote.
+
+        Raises:
+            ConfigError: a key is unknown or missing, or a value is out of range.
+        """
+        values = dict(values)
+        if "levels" in values:
+            values["levels"] = levels_from_json(values["levels"])
+        if values.get("focus") is not None:
+            values["focus"] = from_mapping(Focus, values["focus"])
+        return from_mapping(cls, values)
+
+
+def check_blocks(
+    *,
+    dim: int,
+    num_heads: int,
+    num_kv_heads: int | None,
+    num_layers: int,
+    ffn_dim: int | None,
+    rope_theta: float | None,
+    dropout: float,
+    focus: Focus | None,
+    is_causal: bool,
+) -> None:
+    """Raise `ConfigError` if blocks of these sizes cannot be built."""
+    sizes = {"dim": dim, "num_heads": num_heads, "num_layers": num_layers}
+    sizes |= {"num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads}
+    sizes |= {"ffn_dim": 4 * dim if ffn_dim is None else ffn_dim}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name}={size} must be >= 1.")
+    if dim % num_heads:
+        raise ConfigError(f"dim={dim} is no multiple of num_heads={num_heads}; heads share the width evenly.")
+    if num_heads % sizes["num_kv_heads"]:
+        raise ConfigError(f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}.")
+    if rope_theta is not None and rope_theta <= 0:
+        raise ConfigError(f"rope_theta={rope_theta} must be > 0; None leaves positions out.")
+    if not 0.0 <= dropout < 1.0:
+        raise ConfigError(f"dropout={dropout} must lie in [0, 1).")
+    if focus is not None and is_causal:
+        raise ConfigError(
+            "Focus: the scorer reads the whole text, so a causal model would see its future; set is_causal=False."
+        )
+    if focus is not None and focus.after_layer >= num_layers:
+        raise ConfigError(
+            f"Focus: after_layer={focus.after_layer} leaves no block of num_layers={num_layers} to focus; "
+            f"choose 1 to {num_layers - 1}."
+        )
+
+
+def layer_levels(levels: LayerLevels, num_layers: int) -> tuple[Levels | None, ...]:
+    """One entry for each block."""
+    if not isinstance(levels, tuple):
+        return (levels,) * num_layers
+    if len(levels) != num_layers:
+        raise ConfigError(
+            f"levels has {len(levels)} entries and the model {num_layers} blocks; give one for each, or a single "
+            "Levels for all."
+        )
+    return levels
+
+
+def levels_from_json(value: Any) -> LayerLevels:
+    """Levels from what `to_dict` made of them: None, an object, or a list with one for each block."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_one_from_json(item) for item in value)
+    return _one_from_json(value)
+
+
+def _one_from_json(value: Any) -> Levels | None:
+    if value is None or isinstance(value, Levels):
+        return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"levels={value!r} is neither null nor an object with the fields of Levels.")
+    values = dict(value)
+    if "ratio" in values and not isinstance(values["ratio"], LevelRatio):
+        values["ratio"] = _ratio_from_json(values["ratio"])
+    return from_mapping(Levels, values)
+
+
+def _ratio_from_json(value: Any) -> LevelRatio:
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        raise ConfigError(f"ratio={value!r} must be three shares, local, regional, global, e.g. [6, 3, 1].")
+    return LevelRatio(*value)
+
+
+T = TypeVar("T")
+
+
+def from_mapping(cls: type[T], values: Any) -> T:
+    """Build the configuration class `cls` from its fields.
+
+    Raises:
+        ConfigError: `values` is no mapping, has a key that is no field, lacks a required one, or a value is of the
+            wrong kind.
+    """
+    if isinstance(values, cls):
+        return values
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{cls.__name__}: {values!r} is no table of values.")
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    known = [field.name for field in fields]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"{cls.__name__}: unknown key {', '.join(map(repr, unknown))}; known are {', '.join(known)}.")
+    required = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - set(values))
+    if missing:
+        raise ConfigError(f"{cls.__name__}: {', '.join(map(repr, missing))} is missing.")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"{cls.__name__}: a value has the wrong type ({error}).") from error
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, LevelRatio):
+        return list(value.shares)
+    if isinstance(value, tuple):
+        return [_to_json(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return {field.name: _to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return value
