@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trilevel.attention.api import Impl
 from trilevel.attention.levels import LevelRatio, Levels
 
-IMPLEMENTATIONS = ["reference", "blocked"]
+IMPLEMENTATIONS: list[Impl] = ["reference", "blocked"]
 EACH = LevelRatio(1, 1, 1)
 BASE = Levels(ratio=EACH, window=3, region_size=4, num_global_tokens=3)
 STRICT = replace(BASE, mode="strict")

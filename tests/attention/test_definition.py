@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.attention.cases import CASES, IMPLEMENTATIONS, Case, clone, gradients, inputs
 from tests.attention.oracle import oracle
-from trilevel.attention.api import multi_level_attention
+from trilevel.attention.api import Impl, multi_level_attention
 from trilevel.attention.levels import LevelRatio, Levels
 
 # float64 sums of at most some tens of numbers in another order
@@ -25,14 +25,13 @@ def expected(case: Case) -> tuple[Tensor, Tensor]:
     return oracle(**inputs(case))
 
 
-def attend(arguments: dict[str, Any], impl: str) -> tuple[Tensor, Tensor]:
-    out, lse = multi_level_attention(**arguments, impl=impl, return_lse=True)
-    return out, lse
+def attend(arguments: dict[str, Any], impl: Impl) -> tuple[Tensor, Tensor]:
+    return multi_level_attention(**arguments, impl=impl, return_lse=True)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_the_oracle(case: Case, impl: str) -> None:
+def test_equals_the_oracle(case: Case, impl: Impl) -> None:
     out, lse = attend(inputs(case), impl)
     wanted_out, wanted_lse = expected(case)
     torch.testing.assert_close(lse, wanted_lse, rtol=TOLERANCE, atol=TOLERANCE)
@@ -49,7 +48,7 @@ _GRADIENT_CASES = [
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", _GRADIENT_CASES, ids=str)
-def test_gradients_equal_those_of_the_oracle(case: Case, impl: str) -> None:
+def test_gradients_equal_those_of_the_oracle(case: Case, impl: Impl) -> None:
     ours, theirs = (clone(inputs(case), requires_grad=True) for _ in range(2))
     for arguments, (out, lse) in ((theirs, oracle(**theirs)), (ours, attend(ours, impl))):
         weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
@@ -101,7 +100,7 @@ def any_case(draw: st.DrawFn) -> Case:
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(case=any_case())
-def test_any_combination_equals_the_oracle(case: Case, impl: str) -> None:
+def test_any_combination_equals_the_oracle(case: Case, impl: Impl) -> None:
     arguments = inputs(case)
     for found, wanted in zip(attend(arguments, impl), oracle(**arguments), strict=True):
         torch.testing.assert_close(found, wanted, rtol=TOLERANCE, atol=TOLERANCE)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.attention.cases import BASE, CALIBRATED, IMPLEMENTATIONS, STRICT, Case, inputs
 from tests.attention.oracle import split_heads
-from trilevel.attention.api import multi_level_attention
+from trilevel.attention.api import Impl, multi_level_attention
 from trilevel.attention.levels import LevelRatio, Levels
 
 LOCAL, REGIONAL, GLOBAL = LevelRatio(1, 0, 0), LevelRatio(0, 1, 0), LevelRatio(0, 0, 1)
@@ -31,9 +31,8 @@ EVERYTHING = {
 }
 
 
-def attend(arguments: dict[str, Any], impl: str) -> tuple[Tensor, Tensor]:
-    out, lse = multi_level_attention(**arguments, impl=impl, return_lse=True)
-    return out, lse
+def attend(arguments: dict[str, Any], impl: Impl) -> tuple[Tensor, Tensor]:
+    return multi_level_attention(**arguments, impl=impl, return_lse=True)
 
 
 def dense(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -58,7 +57,7 @@ def dense(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both_ways", "causal"])
 @pytest.mark.parametrize("name", EVERYTHING)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_seeing_everything_is_dense(impl: str, name: str, is_causal: bool, padding: str | None) -> None:
+def test_seeing_everything_is_dense(impl: Impl, name: str, is_causal: bool, padding: str | None) -> None:
     levels = EVERYTHING[name]
     if is_causal and levels.mode == "strict":
         return  # strict is bidirectional; that it says so is in test_messages
@@ -70,7 +69,7 @@ def test_seeing_everything_is_dense(impl: str, name: str, is_causal: bool, paddi
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_strict_levels_that_see_everything_are_dense(impl: str) -> None:
+def test_strict_levels_that_see_everything_are_dense(impl: Impl) -> None:
     levels = replace(STRICT, window=37, region_size=1, num_global_tokens=19)
     arguments = inputs(Case(name="strict", levels=levels, padding="right", extras=False))
     for found, wanted in zip(attend(arguments, impl), dense(arguments), strict=True):
@@ -79,7 +78,7 @@ def test_strict_levels_that_see_everything_are_dense(impl: str) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CALIBRATED, ids=str)
-def test_the_average_of_ones_is_one(case: Case, impl: str) -> None:
+def test_the_average_of_ones_is_one(case: Case, impl: Impl) -> None:
     arguments = inputs(case)
     arguments["value"] = torch.ones_like(arguments["value"])
     out, lse = attend(arguments, impl)
@@ -87,7 +86,7 @@ def test_the_average_of_ones_is_one(case: Case, impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_strict_average_of_ones_is_one_where_a_head_sees_something(impl: str) -> None:
+def test_strict_average_of_ones_is_one_where_a_head_sees_something(impl: Impl) -> None:
     arguments = inputs(Case(name="strict", levels=STRICT, padding="scattered", without=("region_gate",)))
     arguments["value"] = torch.ones_like(arguments["value"])
     out, lse = attend(arguments, impl)
@@ -98,7 +97,7 @@ def test_strict_average_of_ones_is_one_where_a_head_sees_something(impl: str) ->
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", [c for c in CALIBRATED if c.levels.selection_gradient != "gate"], ids=str)
-def test_the_counts_partition_the_visible_tokens(case: Case, impl: str) -> None:
+def test_the_counts_partition_the_visible_tokens(case: Case, impl: Impl) -> None:
     arguments = inputs(case)
     arguments["query"] = torch.zeros_like(arguments["query"])
     _, lse = attend(arguments, impl)
@@ -127,7 +126,7 @@ def _constant_in_regions(x: Tensor, size: int) -> Tensor:
 @pytest.mark.parametrize("window", [1, 3, 11])
 @pytest.mark.parametrize("region_size", [4, 5])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_constant_regions_are_exact(impl: str, region_size: int, window: int) -> None:
+def test_constant_regions_are_exact(impl: Impl, region_size: int, window: int) -> None:
     levels = replace(BASE, ratio=LevelRatio(0, 1, 1), region_size=region_size, window=window, union=True)
     arguments = inputs(Case(name="constant", levels=levels, heads=3, kv_heads=3))
     for name in ("key", "value"):
@@ -137,7 +136,7 @@ def test_constant_regions_are_exact(impl: str, region_size: int, window: int) ->
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_values_need_be_constant_only_in_regions_that_the_window_cuts(impl: str) -> None:
+def test_values_need_be_constant_only_in_regions_that_the_window_cuts(impl: Impl) -> None:
     levels = replace(BASE, ratio=REGIONAL, region_size=5, window=3)
     arguments = inputs(Case(name="cut", levels=levels, extras=False))
     arguments["key"] = _constant_in_regions(arguments["key"], 5)
@@ -152,7 +151,7 @@ def test_values_need_be_constant_only_in_regions_that_the_window_cuts(impl: str)
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both_ways", "causal"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_constant_keys_and_values_make_the_remainder_exact(impl: str, is_causal: bool) -> None:
+def test_constant_keys_and_values_make_the_remainder_exact(impl: Impl, is_causal: bool) -> None:
     arguments = inputs(Case(name="constant", is_causal=is_causal, padding="scattered"))
     for name in ("key", "value"):
         arguments[name] = arguments[name][:, :, :1].expand_as(arguments[name])
@@ -161,7 +160,7 @@ def test_constant_keys_and_values_make_the_remainder_exact(impl: str, is_causal:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_window_1_sees_itself_and_the_mean_of_all_others(impl: str) -> None:
+def test_window_1_sees_itself_and_the_mean_of_all_others(impl: Impl) -> None:
     levels = Levels(ratio=LOCAL, window=1, region_size=4)
     arguments = inputs(Case(name="window_1", levels=levels, batch=1, heads=1, kv_heads=1, tokens=7, extras=False))
     q, k, v = (arguments[name][0, 0] for name in ("query", "key", "value"))
@@ -175,7 +174,7 @@ def test_window_1_sees_itself_and_the_mean_of_all_others(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_an_empty_remainder_is_no_entry(impl: str) -> None:
+def test_an_empty_remainder_is_no_entry(impl: Impl) -> None:
     # the first query of a causal head has nothing outside its window, the last one has
     levels = Levels(ratio=LOCAL, window=5, region_size=4)
     arguments = inputs(Case(name="empty", levels=levels, heads=1, kv_heads=1, tokens=7, is_causal=True))

@@ -218,8 +218,9 @@ def _regions_to_regions(call: Call, layout: _Layout, heads: _Heads) -> tuple[Ten
     out = torch.gather(out, 2, slot[..., None].expand_as(out)) * layout.valid[:, None, :, None]
     lse = torch.gather(lse, 2, slot.expand_as(lse)).masked_fill(~layout.valid[:, None], -torch.inf)
     if call.region_gate is not None:
-        gate = torch.where(layout.valid[..., None], call.region_gate, 0).to(out.dtype)
-        out = out * (2 * gate.sigmoid()).transpose(1, 2)[..., None]
+        gate = torch.where(layout.valid[..., None], call.region_gate, 0).to(out.dtype).transpose(1, 2)[..., None]
+        finite = gate.isfinite()
+        out = (out * (2 * torch.where(finite, gate, 0).sigmoid())).masked_fill(~finite, torch.nan)
     return out, lse
 
 
