@@ -30,7 +30,7 @@ $(BIN)/python:
 	  echo "error: '$(PYTHON)' has no venv module; install it (Debian, Ubuntu: apt install python3-venv) or name" \
 	    "another: make PYTHON=/path/to/python3 ..." >&2; exit 2; }
 	@echo "setting up $(VENV) (once, some minutes)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 2; }
 
 $(VENV)/.torch: $(SETUP) | $(BIN)/python
 	@$(PIP_INSTALL) torch numpy
@@ -65,10 +65,8 @@ format: $(VENV)/.all  ## let ruff rewrite what it can
 	@$(BIN)/ruff format --quiet .
 
 bench: $(VENV)/.all  ## measure, keep benchmarks/results/*.json, rewrite the README figures
-	@mkdir -p benchmarks/results
-	@for case in attention levels; do out=benchmarks/results/$$case.json; \
-	  $(BIN)/trilevel bench $$case --json > $$out.tmp || failed=1; \
-	  tail -n 1 $$out.tmp > $$out; rm $$out.tmp; done; \
+	@for case in attention levels; do \
+	  $(BIN)/trilevel bench $$case --out benchmarks/results/$$case.json || failed=1; done; \
 	  $(BIN)/python scripts/figures.py; exit $${failed:-0}
 
 clean:  ## remove what make and the tests left, the environment included
