@@ -1,0 +1,1 @@
+"""The cases behind `trilevel bench`: each proves correctness first, then measures."""

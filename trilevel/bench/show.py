@@ -1,0 +1,50 @@
+"""Tables of the cases for a person: rich tables from the rows of a report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from trilevel.bench.harness import Bar, Report
+
+
+def attention_tables(report: Report) -> list[Table]:
+    """One table for each precision: milliseconds at every length, and how many times faster than dense that is."""
+    return [_attention_table(report, precision) for precision in dict.fromkeys(row["precision"] for row in report.rows)]
+
+
+def _attention_table(report: Report, precision: str) -> Table:
+    rows = [row for row in report.rows if row["precision"] == precision]
+    lengths = list(dict.fromkeys(row["tokens"] for row in rows))
+    table = Table(title=f"attention, {precision}: ms (times faster than dense SDPA)", title_justify="left")
+    table.add_column("contender")
+    for tokens in lengths:
+        table.add_column(f"{tokens:,} tokens", justify="right")
+    table.add_column("compared with")
+    for name in dict.fromkeys(row["contender"] for row in rows):
+        own = {row["tokens"]: row for row in rows if row["contender"] == name}
+        ratios = [row for row in own.values() if "this_over_ours" in row]
+        against = f"{ratios[-1]['compared_with']} ({ratios[-1]['this_over_ours']:.1f}x ours)" if ratios else ""
+        table.add_row(name, *(_cell(own[tokens]) for tokens in lengths), against)
+    return table
+
+
+def _cell(row: dict[str, Any]) -> str:
+    if row["status"] != "measured":
+        return f"{row['status']}: {row['reason']}"
+    ratio = row.get("dense_over_this")
+    memory = row.get("peak_memory_bytes")
+    text = f"{row['median_ms']:,.2f}" + (f" ({ratio:.1f}x)" if ratio else "")
+    return text if memory is None else f"{text}, {memory / 2**20:,.0f} MiB"
+
+
+def bars_table(bars: list[Bar]) -> Table:
+    """Every bar with its value."""
+    table = Table(title="bars", title_justify="left")
+    for column in ("name", "value", "bar", "holds"):
+        table.add_column(column, justify="left" if column == "name" else "right")
+    for bar in bars:
+        value = "not measured" if bar.value is None else f"{bar.value:.3g}"
+        table.add_row(bar.name, value, f"{bar.op} {bar.bar:g}", "yes" if bar.holds else "[red]no[/red]")
+    return table

@@ -1,0 +1,86 @@
+"""`trilevel bench CASE`: correctness first, then numbers, and whether the promised bars hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from trilevel.bench.harness import Progress, Report
+
+BAR_MISSED = 1
+
+app = typer.Typer(
+    no_args_is_help=True, help="Measure: correctness first, then speed; exit code 1 when a bar does not hold."
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of standard output.")]
+Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny sizes and the correctness gate alone, no bars.")]
+Out = Annotated[Path | None, typer.Option(help="Also write the document here, e.g. benchmarks/results/CASE.json.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; default: what torch takes.")]
+
+
+@app.command()
+def attention(
+    as_json: Json = False,
+    smoke: Smoke = False,
+    out: Out = None,
+    threads: Threads = None,
+    memory: Annotated[bool, typer.Option(help="Also measure peak memory at 8,192 tokens, in processes.")] = False,
+) -> None:
+    """Our attention beside dense attention and the sparse peers, fp32 and bf16, 512 to 32,768 tokens (about 5 min)."""
+    import dataclasses
+
+    import torch
+
+    from trilevel.bench.attention import AttentionCase, run
+    from trilevel.bench.show import attention_tables
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    case = AttentionCase.smoke() if smoke else dataclasses.replace(AttentionCase(), memory=memory)
+    with _progress() as progress:
+        report = run(case, progress)
+    _finish(report, attention_tables(report), as_json=as_json, out=out)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on standard error: what is being done, how far it is, how long it has taken."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        update: Callable[..., None] = bar.update
+        yield lambda what, done: update(task, description=what, completed=done)
+
+
+def _finish(report: Report, tables: list[Table], *, as_json: bool, out: Path | None) -> None:
+    """Print tables and document, write it, leave with 1 when a bar does not hold or a part of ours is broken."""
+    from rich.console import Console
+
+    from trilevel.bench.harness import write_json
+    from trilevel.bench.show import bars_table
+    from trilevel.report.machine import machine_block
+
+    document = report.to_dict(machine_block())
+    console = Console(width=None if Console().is_terminal else 160)
+    for table in [*tables, *([bars_table(report.bars)] if report.bars else [])]:
+        console.print(table)
+    for name in report.broken:
+        typer.echo(f"error: {name} failed its correctness gate", err=True)
+    if out is not None:
+        write_json(out, document)
+    if as_json:
+        typer.echo(json.dumps(document, allow_nan=False))
+    if not report.holds:
+        raise typer.Exit(BAR_MISSED)
