@@ -18,7 +18,7 @@ from trilevel.attention.levels import HeadSplit, LevelRatio, Levels
 from trilevel.errors import ConfigError, ImplementationError, ShapeError
 
 Impl = Literal["auto", "reference", "blocked"]
-IMPLEMENTATIONS: dict[str, Callable[[Call], tuple[Tensor, Tensor]]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Call], tuple[Tensor, Tensor | None]]] = {
     "reference": reference.attend,
     "blocked": blocked.attend,
 }
@@ -134,7 +134,7 @@ def multi_level_attention(
     """
     call = _validated(
         query, key, value, levels, pool_weight, global_score, global_prior, global_forced, region_gate, padding_mask,
-        segment_ids, num_segments, is_causal, scale,
+        segment_ids, num_segments, is_causal, scale, return_lse,
     )  # fmt: skip
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ImplementationError(f"impl={impl!r} is unknown; use 'auto' or one of {sorted(IMPLEMENTATIONS)}.")
@@ -143,7 +143,7 @@ def multi_level_attention(
             return _dense(call)
         call = _as_dense(call)
     out, lse = IMPLEMENTATIONS["blocked" if impl == "auto" else impl](call)
-    return (out, lse) if return_lse else out
+    return out if lse is None or not return_lse else (out, lse)
 
 
 def _runs_dense(call: Call) -> bool:
@@ -233,6 +233,7 @@ def _validated(
     num_segments: int | None,
     is_causal: bool,
     scale: float | None,
+    return_lse: bool,
 ) -> Call:
     _check_qkv(query, key, value)
     if is_causal and levels.mode == "strict":
@@ -270,7 +271,7 @@ def _validated(
     return Call(
         query=query, key=key, value=value, levels=levels, split=split, pool_weight=pool_weight, score=score,
         forced=global_forced, region_gate=region_gate, valid=valid, segment=segment, num_segments=count,
-        is_causal=is_causal, scale=dim**-0.5 if scale is None else scale,
+        is_causal=is_causal, scale=dim**-0.5 if scale is None else scale, needs_lse=return_lse,
     )  # fmt: skip
 
 

@@ -33,3 +33,4 @@ class Call:
     num_segments: int
     is_causal: bool
     scale: float
+    needs_lse: bool = True

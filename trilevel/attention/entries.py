@@ -117,6 +117,7 @@ def choose_global(call: Call, geometry: Geometry) -> GlobalTokens:
 def pool_weights(key: Tensor, slots: Slots, weight: Tensor | None) -> tuple[Tensor, Tensor]:
     """Keys by region (batch, kv_heads, regions, size, dim) and their pooling weights (..., 1, size)."""
     keys = slot_view(key, slots)
+    keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
     filled = slots.filled[:, None]
     if weight is None:
         mean = filled.to(keys.dtype) / filled.sum(-1, keepdim=True).clamp(min=1)
@@ -131,7 +132,7 @@ def pool_weights(key: Tensor, slots: Slots, weight: Tensor | None) -> tuple[Tens
 def pool_regions(key: Tensor, value: Tensor, slots: Slots, weight: Tensor | None) -> RegionTail:
     """One summary a region: softmax(u_h . k_j)-weighted keys and values."""
     keys, share = pool_weights(key, slots, weight)
-    values = slot_view(value, slots)
+    values = slot_view(value, slots).to(keys.dtype)
     return RegionTail(key=(share @ keys).squeeze(-2), value=(share @ values).squeeze(-2), slots=slots)
 
 
@@ -203,7 +204,8 @@ def _remainder(call: Call, geometry: Geometry, key: Tensor, value: Tensor) -> Re
 
 def _segment_sum(x: Tensor, geometry: Geometry, call: Call) -> Tensor:
     if call.segment is None:
-        return x.sum(2, keepdim=True)
+        return x.sum(2, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     batch, heads, tokens, dim = x.shape
     group = geometry.segment.expand(batch, -1)
     index = group[:, None, :, None].expand(batch, heads, tokens, dim)

@@ -178,8 +178,9 @@ def segmented_cumsum(x: Tensor, group: Tensor | None) -> Tensor:
     """Running sum over tokens that starts anew in every group; x (batch, heads, tokens, dim), group (batch, tokens).
 
     Groups are runs. Sums are built by doubling, never by subtracting two prefixes, so that a large value in one group
-    costs no digits in the next.
+    costs no digits in the next. Sums are float32 at least.
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     if group is None:
         return x.cumsum(2)
     tokens = x.shape[2]

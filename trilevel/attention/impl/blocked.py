@@ -54,8 +54,8 @@ class _Rows:
         return rows.reshape(batch, heads, self.num_blocks, 1, self.block, dim)
 
 
-def attend(call: Call) -> tuple[Tensor, Tensor]:
-    """Outputs (batch, heads, tokens, dim) and log-sum-exp (batch, heads, tokens) of a validated call."""
+def attend(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Outputs (batch, heads, tokens, dim) and, if the call needs it, log-sum-exp (batch, heads, tokens)."""
     geometry = make_geometry(
         call.query.shape[2],
         radius=call.levels.radius,
@@ -68,14 +68,16 @@ def attend(call: Call) -> tuple[Tensor, Tensor]:
     call, seen = _hide_nonfinite(call, geometry)
     parts = [_head_class(call, geometry, index) for index, heads in enumerate(call.split) if heads]
     out = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts], 1)
-    lse = parts[0][1] if len(parts) == 1 else torch.cat([part[1] for part in parts], 1)
     if call.valid is not None:
         out = torch.where(call.valid[:, None, :, None], out, 0)
-        lse = torch.where(call.valid[:, None], lse, -torch.inf)
     if seen is not None:
         out = torch.where(seen[:, None, :, None], torch.nan, out)
-        lse = torch.where(seen[:, None], torch.nan, lse)
-    return out, lse
+    if not call.needs_lse:
+        return out, None
+    lse = torch.cat([part[1] for part in parts], 1)
+    if call.valid is not None:
+        lse = torch.where(call.valid[:, None], lse, -torch.inf)
+    return out, lse if seen is None else torch.where(seen[:, None], torch.nan, lse)
 
 
 def _hide_nonfinite(call: Call, geometry: Geometry) -> tuple[Call, Tensor | None]:
@@ -109,18 +111,22 @@ def _head_class(call: Call, geometry: Geometry, index: int) -> tuple[Tensor, Ten
     q = call.query[:, start:stop]
     k, v = (x[:, start // group : stop // group] for x in (call.key, call.value))
     weight = None if call.pool_weight is None else call.pool_weight[start // group : stop // group]
-    if q.dtype in (torch.bfloat16, torch.float16):
-        out, lse = _dispatch(call, geometry, index, q.float(), k.float(), v.float(), weight)
-        return out.to(q.dtype), lse
-    return _dispatch(call, geometry, index, q, k, v, weight)
+    out, lse = _dispatch(call, geometry, index, q, k, v, weight)
+    return out.to(q.dtype), lse
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """Logits, softmax and sums run in float32 at least."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _dispatch(
     call: Call, geometry: Geometry, index: int, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if call.levels.mode == "strict" and index == 0:
+        return _near_and_tail(call, geometry, q, k, v, Entries())
     if call.levels.mode == "strict":
-        if index == 0:
-            return _near_and_tail(call, geometry, q, k, v, Entries())
+        q, k, v = (x.to(_compute_dtype(x)) for x in (q, k, v))
         return _strict_regional(call, geometry, q, k, v, weight) if index == 1 else _strict_global(call, geometry, q, k, v)
     if index == 0:
         entries = local_entries(call, geometry, k, v)
@@ -195,132 +201,177 @@ def _near_and_tail(
     block = 32 if radius <= 32 else 64 if radius <= 128 else 128
     whole = _Rows(0, tokens, block, (tokens + block - 1) // block)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _attend_rows(call, geometry, q, k, v, entries, whole)
+        return _attend_rows(call, q, k, v, entries, _view(call, geometry, entries, whole))
     width = _width(radius, call.is_causal, block) + _tail_width(entries)
     if batch * heads * tokens * width <= STEP_LOGITS:
-        return _attend_rows(call, geometry, q, k, v, entries, whole)
+        return _attend_rows(call, q, k, v, entries, _view(call, geometry, entries, whole))
     # tokens before heads in memory: what the output projection reads
     out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-    lse = q.new_empty(batch, heads, tokens)
+    lse = q.new_empty(batch, heads, tokens, dtype=_compute_dtype(q))
     groups = k.shape[1]
     per_group = heads // groups
     blocks = max(1, STEP_LOGITS // (per_group * block * width))
     for row in range(batch):
         own = _row(geometry, row, batch)
-        for group in range(groups):
-            part = _part(entries, row, group, batch)
-            span = slice(group * per_group, (group + 1) * per_group)
-            for start in range(0, tokens, blocks * block):
-                stop = min(tokens, start + blocks * block)
-                rows = _Rows(start, stop, block, (stop - start + block - 1) // block)
-                got = _attend_rows(
-                    call,
-                    own,
-                    q[row : row + 1, span],
-                    k[row : row + 1, group : group + 1],
-                    v[row : row + 1, group : group + 1],
-                    part,
-                    rows,
-                )
-                out[row : row + 1, span, start:stop], lse[row : row + 1, span, start:stop] = got
+        parts = [_part(entries, row, group) for group in range(groups)]
+        for start in range(0, tokens, blocks * block):
+            stop = min(tokens, start + blocks * block)
+            view = _view(call, own, parts[0], _Rows(start, stop, block, (stop - start + block - 1) // block))
+            for group, part in enumerate(parts):
+                span = slice(group * per_group, (group + 1) * per_group)
+                own_k, own_v = (x[row : row + 1, group : group + 1] for x in (k, v))
+                got = _attend_rows(call, q[row : row + 1, span], own_k, own_v, part, view)
+                out[row : row + 1, span, start:stop] = got[0]
+                lse[row : row + 1, span, start:stop] = got[1]
     return out, lse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _View:
+    """What a run of rows sees, the same for all heads of a class; (batch or 1, 1, blocks, 1, block, entries).
+
+    near_bias, tail_bias, region_bias: added to the logits. near_held, tail_held: 1 where the sums of the remainder hold
+    the token as well. pick: positions of the token tail, (batch, tail) shared or (batch, rows, p) per query. rest_count,
+    rest_bias: tokens of the remainder (at least 1) and log of their true number.
+    """
+
+    rows: _Rows
+    near_bias: Tensor
+    near_held: Tensor | None = None
+    pick: Tensor | None = None
+    tail_bias: Tensor | None = None
+    tail_held: Tensor | None = None
+    region_bias: Tensor | None = None
+    rest_count: Tensor | None = None
+    rest_bias: Tensor | None = None
+
+
+def _view(call: Call, geometry: Geometry, entries: Entries, rows: _Rows) -> _View:
+    dtype = _compute_dtype(call.query)
+    low, high = rows.of(geometry.low), rows.of(geometry.high)
+    near = _near_mask(geometry, rows, call.levels.radius, call.is_causal)
+    near_bias = torch.zeros_like(near, dtype=dtype).masked_fill(~near, -torch.inf)
+    tail = None if entries.tokens is None else _tail_view(entries.tokens, geometry, rows, low, high, call.is_causal)
+    view = _View(
+        rows=rows,
+        near_bias=near_bias,
+        pick=None if tail is None else tail.pick,
+        tail_bias=None if tail is None else tail.bias(dtype),
+        region_bias=None
+        if entries.regions is None
+        else _region_count(call, geometry, entries.regions, rows, low, high, tail).to(dtype).log(),
+    )
+    remainder = entries.remainder
+    if remainder is None:
+        return view
+    count = rows.of(remainder.count)
+    held = None
+    if remainder.holds_near:
+        count = count - (high - low)
+    if tail is not None:
+        held = tail.outside & (tail.rank >= rows.of(remainder.start))
+        count = count - held.sum(-1, keepdim=True)
+    # log(0) = -inf drops the entry, forward and backward
+    return replace(
+        view,
+        near_held=near.to(dtype) if remainder.holds_near else None,
+        tail_held=None if held is None else held.to(dtype),
+        rest_count=count.clamp(min=1).to(dtype),
+        rest_bias=count.clamp(min=0).to(dtype).log(),
+    )
 
 
 def _attend_rows(
-    call: Call, geometry: Geometry, q: Tensor, k: Tensor, v: Tensor, entries: Entries, rows: _Rows
+    call: Call, q: Tensor, k: Tensor, v: Tensor, entries: Entries, view: _View
 ) -> tuple[Tensor, Tensor]:
-    """Queries of `rows` against everything they see; k and v are whole rows."""
+    """Queries of the view's rows against everything they see; q, k and v are whole rows."""
+    rows = view.rows
     batch, heads, _, dim = q.shape
-    groups, block, blocks = k.shape[1], rows.block, rows.num_blocks
-    per_group = heads // groups
-    queries = rows.vectors(q) * call.scale
-    queries = queries.view(batch, groups, per_group, blocks, block, dim).transpose(2, 3)
-    k_near = _windows(k, rows, call.levels.radius, call.is_causal)
-    v_near = _windows(v, rows, call.levels.radius, call.is_causal)
-    near = _near_mask(geometry, rows, call.levels.radius, call.is_causal)
-    low, high = rows.of(geometry.low), rows.of(geometry.high)
+    groups, length = k.shape[1], rows.stop - rows.start
+    queries = rows.vectors(q).to(_compute_dtype(q)) * call.scale
+    queries = queries.view(batch, groups, heads // groups, rows.num_blocks, rows.block, dim).transpose(2, 3)
+    k_near, v_near = (_windows(x, rows, call.levels.radius, call.is_causal).to(queries.dtype) for x in (k, v))
     raw = _blockwise(queries, k_near.transpose(-1, -2))
-    parts = [raw + torch.where(near, 0.0, -torch.inf).to(raw.dtype)]
-    tail = None
-    if entries.tokens is not None:
-        tail = _TokenLogits(entries.tokens, queries, k, v, rows, low, high, geometry, call.is_causal)
+    parts = [raw + view.near_bias]
+    tail = None if view.pick is None else _TailRead(view.pick, queries, k, v)
     if tail is not None:
-        parts.append(tail.masked())
+        parts.append(tail.raw + view.tail_bias)
     if entries.regions is not None:
-        region_raw = _shared(queries, entries.regions.key.transpose(-1, -2))
-        parts.append(region_raw + _region_log_count(call, geometry, entries, rows, low, high, tail))
-    remainder = entries.remainder
-    if remainder is not None:
-        count, held = _remainder_count(remainder, rows, low, high, tail)
-        parts.append(_remainder_logit(remainder, rows, queries, raw, near, tail, count, held))
+        parts.append(_shared(queries, entries.regions.key.transpose(-1, -2)) + view.region_bias)
+    if entries.remainder is not None:
+        parts.append(_remainder_logit(entries.remainder, view, queries, raw, tail))
     logits = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-    share = torch.softmax(logits, -1)
-    shares = list(share.split([part.shape[-1] for part in parts], -1))
-    near_share = shares.pop(0)
-    rest = shares.pop() / count.clamp(min=1) if remainder is not None else None
-    if rest is not None and remainder is not None and remainder.holds_near:
-        near_share = torch.addcmul(near_share, rest, near.to(rest.dtype), value=-1)
-    out = _blockwise(near_share, v_near)
+    shares = list(torch.softmax(logits, -1).split([part.shape[-1] for part in parts], -1))
+    rest = None if entries.remainder is None else shares.pop() / view.rest_count
+    out = _blockwise(_less(shares.pop(0), rest, view.near_held), v_near)
     if tail is not None:
-        weight = shares.pop(0)
-        out = out + tail.read(weight if rest is None else torch.addcmul(weight, rest, held.to(rest.dtype), value=-1))
+        out = out + tail.read(_less(shares.pop(0), rest, view.tail_held))
     if entries.regions is not None:
         out = out + _shared(shares.pop(0), entries.regions.value)
-    if rest is not None and remainder is not None:
-        out = torch.addcmul(out, rest, _sums(remainder.value_sum, rows))
-    length = rows.stop - rows.start
-    out = out.transpose(2, 3).reshape(batch, heads, blocks * block, dim)[:, :, :length]
-    lse = logits.logsumexp(-1).transpose(2, 3).reshape(batch, heads, blocks * block)[:, :, :length]
-    return out, lse
+    if entries.remainder is not None and rest is not None:
+        out = torch.addcmul(out, rest, _sums(entries.remainder.value_sum, rows))
+    out = out.transpose(2, 3).reshape(batch, heads, -1, dim)[:, :, :length]
+    if not call.needs_lse:
+        return out, out.new_zeros(())
+    return out, logits.logsumexp(-1).transpose(2, 3).reshape(batch, heads, -1)[:, :, :length]
 
 
-class _TokenLogits:
-    """Logits of the token tail for a run of rows, and the weighted read of its values."""
+def _less(share: Tensor, rest: Tensor | None, held: Tensor | None) -> Tensor:
+    """Weights of tokens that the sums of the remainder hold as well, which gives each of them `rest` too much."""
+    return share if rest is None or held is None else torch.addcmul(share, rest, held, value=-1)
 
-    def __init__(
-        self,
-        tail: TokenTail,
-        queries: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rows: _Rows,
-        low: Tensor,
-        high: Tensor,
-        geometry: Geometry,
-        is_causal: bool,
-    ) -> None:
-        batch, groups, dim = k.shape[0], k.shape[1], k.shape[3]
-        segment = rows.of(geometry.segment)
-        self.per_query = tail.set_of_token is not None
-        if tail.set_of_token is None:
-            view = (tail.index.shape[0], 1, 1, 1, 1, -1)
-            own = [x.view(view) for x in (tail.rank, tail.segment, tail.valid)]
-            bias = None if tail.bias is None else tail.bias.view(view)
-            pick = tail.index[:, None, :, None].expand(batch, groups, -1, dim)
-            self.value = v.gather(2, pick)
-            self.raw = _shared(queries, k.gather(2, pick).transpose(-1, -2))
-        else:
-            chosen = rows.of(tail.set_of_token + 1).flatten(1).expand(batch, -1) - 1
-            view = (batch, 1, rows.num_blocks, 1, rows.block, -1)
-            count = tail.index.shape[2]
-            pick = chosen.clamp(min=0)[..., None].expand(-1, -1, count)
-            own = [x.gather(1, pick).view(view) for x in (tail.rank, tail.segment, tail.valid)]
-            own[2] = own[2] & (chosen >= 0).view(batch, 1, rows.num_blocks, 1, rows.block, 1)
-            bias = None if tail.bias is None else tail.bias.gather(1, pick).view(view)
-            position = tail.index.gather(1, pick).flatten(1)[:, None, :, None].expand(batch, groups, -1, dim)
-            shape = (batch, groups, rows.num_blocks, rows.block, count, dim)
-            self.value = v.gather(2, position).view(shape)
-            keys = k.gather(2, position).view(shape)
-            # one small product a query: rows of the group's heads against the query's own keys
-            self.raw = (queries.transpose(3, 4) @ keys.transpose(-1, -2)).transpose(3, 4)
-        self.rank, self.bias = own[0], bias
-        beyond = own[0] < low if is_causal else (own[0] < low) | (own[0] >= high)
-        self.outside = own[2] & (own[1] == segment) & beyond
 
-    def masked(self) -> Tensor:
-        """Logits with c_j, -inf where the token is in the near window or not visible."""
-        logits = self.raw if self.bias is None else self.raw + self.bias.to(self.raw.dtype)
-        return torch.where(self.outside, logits, -torch.inf)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TailView:
+    """The token tail as a run of rows sees it: ranks, positions, and which are visible outside the near window."""
+
+    rank: Tensor
+    pick: Tensor
+    outside: Tensor
+    c: Tensor | None
+
+    def bias(self, dtype: torch.dtype) -> Tensor:
+        """c_j, -inf where the token is in the near window or not visible."""
+        c = torch.zeros((), dtype=dtype, device=self.rank.device) if self.c is None else self.c.to(dtype)
+        return torch.where(self.outside, c, -torch.inf)
+
+
+def _tail_view(
+    tail: TokenTail, geometry: Geometry, rows: _Rows, low: Tensor, high: Tensor, is_causal: bool
+) -> _TailView:
+    batch = tail.index.shape[0]
+    fields = [tail.rank, tail.segment, tail.valid] + ([] if tail.bias is None else [tail.bias])
+    if tail.set_of_token is None:
+        pick = tail.index
+        own = [x.view(batch, 1, 1, 1, 1, -1) for x in fields]
+    else:
+        chosen = rows.of(tail.set_of_token + 1).flatten(1).expand(batch, -1) - 1
+        place = chosen.clamp(min=0)[..., None].expand(-1, -1, tail.index.shape[2])
+        shape = (batch, 1, rows.num_blocks, 1, rows.block, -1)
+        pick = tail.index.gather(1, place)
+        own = [x.gather(1, place).view(shape) for x in fields]
+        own[2] = own[2] & (chosen >= 0).view(shape)
+    # causal: what is not before the window is in it or in the future (sinks)
+    beyond = own[0] < low if is_causal else (own[0] < low) | (own[0] >= high)
+    outside = own[2] & (own[1] == rows.of(geometry.segment)) & beyond
+    return _TailView(rank=own[0], pick=pick, outside=outside, c=own[3] if len(own) > 3 else None)
+
+
+class _TailRead:
+    """Logits of the token tail and the weighted read of its values, for tokens shared by all queries or one's own."""
+
+    def __init__(self, pick: Tensor, queries: Tensor, k: Tensor, v: Tensor) -> None:
+        batch, groups, blocks, _, block, dim = queries.shape
+        self.per_query = pick.ndim == 3
+        index = pick.flatten(1)[:, None, :, None].expand(batch, groups, -1, dim)
+        keys, self.value = (x.gather(2, index).to(queries.dtype) for x in (k, v))
+        if not self.per_query:
+            self.raw = _shared(queries, keys.transpose(-1, -2))
+            return
+        shape = (batch, groups, blocks, block, pick.shape[2], dim)
+        keys, self.value = keys.view(shape), self.value.view(shape)
+        # one small product a query: rows of the group's heads against the query's own keys
+        self.raw = (queries.transpose(3, 4) @ keys.transpose(-1, -2)).transpose(3, 4)
 
     def read(self, weight: Tensor) -> Tensor:
         """Weighted values, (batch, groups, blocks, heads per group, block, dim)."""
@@ -389,18 +440,17 @@ def _shared(x: Tensor, y: Tensor) -> Tensor:
     return product.view(batch, groups, blocks, heads, block, y.shape[-1])
 
 
-def _region_log_count(
+def _region_count(
     call: Call,
     geometry: Geometry,
-    entries: Entries,
+    regions: RegionTail,
     rows: _Rows,
     low: Tensor,
     high: Tensor,
-    tail: _TokenLogits | None,
+    tail: _TailView | None,
 ) -> Tensor:
-    """log of the tokens of every region that are visible and in no other entry, -inf for none."""
-    assert entries.regions is not None
-    slots = entries.regions.slots
+    """Tokens of every region that are visible and in no other entry."""
+    slots = regions.slots
     start, end, segment, full = (
         x.view(x.shape[0], 1, 1, 1, 1, -1) for x in (slots.start, slots.end, slots.segment, slots.full)
     )
@@ -409,44 +459,23 @@ def _region_log_count(
         inside = (tail.rank[..., None] >= start[..., None, :]) & (tail.rank[..., None] < end[..., None, :])
         held = tail.outside.to(torch.float32)[..., None, :] @ inside.to(torch.float32)
         count = count - held.squeeze(-2).long()
-    sees = segment == rows.of(geometry.segment)
+    if call.segment is not None:
+        count = torch.where(segment == rows.of(geometry.segment), count, 0)
     if call.is_causal:
-        sees = sees & full & (end <= rows.of(geometry.rank) + 1)
-    return torch.where(sees, count, 0).to(entries.regions.key.dtype).log()
-
-
-def _remainder_count(
-    remainder: Remainder, rows: _Rows, low: Tensor, high: Tensor, tail: _TokenLogits | None
-) -> tuple[Tensor, Tensor]:
-    """Tokens of the remainder, and which tail tokens its sums hold and have to give back."""
-    count = rows.of(remainder.count)
-    if remainder.holds_near:
-        count = count - (high - low)
-    if tail is None:
-        return count, count
-    held = tail.outside & (tail.rank >= rows.of(remainder.start))
-    return count - held.sum(-1, keepdim=True), held
+        count = torch.where(full & (end <= rows.of(geometry.rank) + 1), count, 0)
+    return count
 
 
 def _remainder_logit(
-    remainder: Remainder,
-    rows: _Rows,
-    queries: Tensor,
-    raw: Tensor,
-    near: Tensor,
-    tail: _TokenLogits | None,
-    count: Tensor,
-    held: Tensor,
+    remainder: Remainder, view: _View, queries: Tensor, raw: Tensor, tail: _TailRead | None
 ) -> Tensor:
     """Mean logit of the tokens of the remainder plus log count, -inf for none."""
-    sums = _sums(remainder.key_sum, rows)
-    total = (queries * sums).sum(-1, keepdim=True)
-    if remainder.holds_near:
-        total = total - (raw * near.to(raw.dtype)).sum(-1, keepdim=True)
-    if tail is not None:
-        total = total - (tail.raw * held.to(raw.dtype)).sum(-1, keepdim=True)
-    size = count.clamp(min=1).to(raw.dtype)
-    return torch.where(count > 0, total / size + size.log(), -torch.inf)
+    total = (queries * _sums(remainder.key_sum, view.rows)).sum(-1, keepdim=True)
+    if view.near_held is not None:
+        total = total - (raw * view.near_held).sum(-1, keepdim=True)
+    if tail is not None and view.tail_held is not None:
+        total = total - (tail.raw * view.tail_held).sum(-1, keepdim=True)
+    return total / view.rest_count + view.rest_bias
 
 
 def _sums(x: Tensor, rows: _Rows) -> Tensor:
@@ -463,7 +492,7 @@ def _row(geometry: Geometry, row: int, batch: int) -> Geometry:
     return replace(geometry, **{n: x if x is None else x[row : row + 1] for n, x in cut.items()})
 
 
-def _part(entries: Entries, row: int, group: int, batch: int) -> Entries:
+def _part(entries: Entries, row: int, group: int) -> Entries:
     """The entries of one row of the batch and one KV group."""
 
     def pick(x: Tensor) -> Tensor:
