@@ -33,9 +33,7 @@ def assert_equal(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) ->
 def over_tokens(arguments: dict[str, Any], change: Any) -> dict[str, Any]:
     """`change(tensor, axis of tokens)` for every argument that has one."""
     return {
-        name: change(value, TOKEN_AXIS.get(name, 1))
-        if isinstance(value, Tensor) and name != "pool_weight"
-        else value
+        name: change(value, TOKEN_AXIS.get(name, 1)) if isinstance(value, Tensor) and name != "pool_weight" else value
         for name, value in arguments.items()
     }
 
