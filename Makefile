@@ -48,10 +48,10 @@ demo: $(VENV)/.demo  ## summarise a 10,000-word document, dense against trilevel
 	@$(BIN)/trilevel demo $(if $(DOC),"$(DOC)")
 
 test: lint types  ## lint, types and the default tests
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n auto
 
 test-all: lint types  ## everything, the slow, gpu, arm, browser and ray tests included
-	@$(BIN)/pytest -m ""
+	@$(BIN)/pytest -n auto -m ""
 
 lint: $(VENV)/.all  ## ruff: rules and format
 	@$(BIN)/ruff check .

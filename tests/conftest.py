@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 SEED = 20_241
 
@@ -18,6 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     # fills torch.empty with NaN as well, so an output that nobody wrote shows
     torch.use_deterministic_algorithms(True)
+    # the same examples on each run: a failure is one of the code, never of the day
+    settings.register_profile("trilevel", deadline=None, derandomize=True)
+    settings.load_profile("trilevel")
 
 
 @pytest.fixture(autouse=True)
