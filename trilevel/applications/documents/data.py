@@ -31,10 +31,10 @@ MAX_UNIT_TOKENS = 128
 
 
 class DocumentBatch(TypedDict):
-    """Padded documents; `unit_ids` is -1 on padding, the last four are zero or False on padded units.
+    """Padded documents; `unit_ids` is -1 on padding; what stands on padded units is zero or False.
 
     Shapes: input_ids, padding_mask (True = padding), unit_ids, global_prior (batch, tokens); unit_features
-    (batch, units, 11); unit_padding, unit_selectable (bool), oracle, gains (batch, units).
+    (batch, units, 11); unit_prior, unit_padding, unit_selectable (both bool), oracle, gains (batch, units).
     """
 
     input_ids: Tensor
@@ -42,6 +42,7 @@ class DocumentBatch(TypedDict):
     unit_ids: Tensor
     global_prior: Tensor
     unit_features: Tensor
+    unit_prior: Tensor
     unit_padding: Tensor
     unit_selectable: Tensor
     oracle: Tensor
@@ -123,6 +124,7 @@ def collate(documents: Sequence[Encoded]) -> DocumentBatch:
     unit_ids = np.full((batch, tokens), -1, np.int64)
     prior = np.zeros((batch, tokens), np.float32)
     unit_features = np.zeros((batch, units, len(FEATURE_SIZES)), np.int64)
+    unit_prior = np.zeros((batch, units), np.float32)
     unit_padding = np.ones((batch, units), bool)
     chosen = np.zeros((batch, units), bool)
     oracle, gains = np.zeros((batch, units), np.float32), np.zeros((batch, units), np.float32)
@@ -132,6 +134,7 @@ def collate(documents: Sequence[Encoded]) -> DocumentBatch:
         unit_ids[row, :n] = document.unit_ids
         prior[row, :n] = document.unit_prior[document.unit_ids]
         unit_features[row, :m] = document.unit_features
+        unit_prior[row, :m] = document.unit_prior
         unit_padding[row, :m] = False
         chosen[row, :m] = document.unit_selectable
         oracle[row, :m], gains[row, :m] = document.oracle, document.gains
@@ -141,6 +144,7 @@ def collate(documents: Sequence[Encoded]) -> DocumentBatch:
         unit_ids=torch.from_numpy(unit_ids),
         global_prior=torch.from_numpy(prior),
         unit_features=torch.from_numpy(unit_features),
+        unit_prior=torch.from_numpy(unit_prior),
         unit_padding=torch.from_numpy(unit_padding),
         unit_selectable=torch.from_numpy(chosen),
         oracle=torch.from_numpy(oracle),

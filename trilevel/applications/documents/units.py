@@ -35,7 +35,7 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """One unit: its text and its place; `section` counts the headings so far, `in_section`, `in_paragraph` sentences."""
+    """One unit: its text and its place; `section` counts headings so far, the `in_` fields sentences."""
 
     text: str
     kind: Kind

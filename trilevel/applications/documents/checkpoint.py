@@ -1,0 +1,57 @@
+"""Where a document model and its tokenizer lie: a run folder with `checkpoint/` and `tokenizer.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trilevel.applications.documents.model import DocumentConfig, DocumentModel
+from trilevel.applications.documents.tokenizer import DocumentTokenizer, load_tokenizer
+from trilevel.errors import CheckpointError, ConfigError
+from trilevel.model.checkpoint import load_checkpoint, read_config, save_checkpoint
+
+PRETRAINED = Path(__file__).parent / "pretrained"
+CHECKPOINT_FOLDER = "checkpoint"
+TOKENIZER_FILE = "tokenizer.json"
+
+
+def load_run(path: str | Path | None = None) -> tuple[DocumentModel, DocumentTokenizer]:
+    """The model, in evaluation mode, and its tokenizer; None is the shipped model.
+
+    `path` is a folder that `trilevel train documents` wrote.
+
+    Raises:
+        CheckpointError: a file is missing, has a wrong hash or shape, or a configuration that this version does not know.
+    """
+    folder = PRETRAINED if path is None else Path(path)
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    if tokenizer.vocab_size != model.config.tokens.vocab_size:
+        raise CheckpointError(
+            f"{folder}: {tokenizer.vocab_size} tokens in the tokenizer and {model.config.tokens.vocab_size} in the model. "
+            "Use the tokenizer the model was trained with."
+        )
+    return model, tokenizer
+
+
+def load_model(path: str | Path | None = None) -> DocumentModel:
+    """The model of a run folder, in evaluation mode; None is the shipped model."""
+    folder = (PRETRAINED if path is None else Path(path)) / CHECKPOINT_FOLDER
+    try:
+        model = DocumentModel(DocumentConfig.from_dict(read_config(folder)))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: its configuration is not understood: {error}") from error
+    load_checkpoint(folder, model=model)
+    return model.eval()
+
+
+def shipped_tokenizer() -> DocumentTokenizer:
+    """The tokenizer that every model of this project shares."""
+    return load_tokenizer(PRETRAINED / TOKENIZER_FILE)
+
+
+def save_run(path: str | Path, model: DocumentModel, tokenizer: DocumentTokenizer) -> None:
+    """Write weights and tokenizer, without optimizer: what is shipped."""
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(folder / CHECKPOINT_FOLDER, model=model, config=model.config.to_dict())
+    tokenizer.save(folder / TOKENIZER_FILE)

@@ -1,0 +1,1 @@
+"""Reports: the machine block, HTML pages, plots."""
