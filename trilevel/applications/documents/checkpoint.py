@@ -20,14 +20,14 @@ def load_run(path: str | Path | None = None) -> tuple[DocumentModel, DocumentTok
     `path` is a folder that `trilevel train documents` wrote.
 
     Raises:
-        CheckpointError: a file is missing, has a wrong hash or shape, or a configuration that this version does not know.
+        CheckpointError: a file is missing, has a wrong hash or shape, or an unknown configuration.
     """
     folder = PRETRAINED if path is None else Path(path)
     model = load_model(folder)
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     if tokenizer.vocab_size != model.config.tokens.vocab_size:
         raise CheckpointError(
-            f"{folder}: {tokenizer.vocab_size} tokens in the tokenizer and {model.config.tokens.vocab_size} in the model. "
+            f"{folder}: {tokenizer.vocab_size} tokens in the tokenizer, {model.config.tokens.vocab_size} in the model. "
             "Use the tokenizer the model was trained with."
         )
     return model, tokenizer

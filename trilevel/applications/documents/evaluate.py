@@ -1,0 +1,192 @@
+"""Evaluation: ROUGE of every way to summarise on the same whole documents, sentences and budget, and the bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trilevel.applications.documents import baselines
+from trilevel.applications.documents.checkpoint import CHECKPOINT_FOLDER, PRETRAINED, load_run, shipped_tokenizer
+from trilevel.applications.documents.data import Encoded, encode_corpus
+from trilevel.applications.documents.model import DocumentModel
+from trilevel.applications.documents.rouge import bootstrap_mean, bootstrap_ratio, rouge
+from trilevel.applications.documents.select import Selection, choose
+from trilevel.applications.documents.summarize import (
+    DEFAULT_BUDGET_WORDS,
+    Summary,
+    choose_units,
+    score_units,
+    summarize,
+)
+from trilevel.applications.documents.units import Unit, split_units
+from trilevel.data.documents import Document, load_jsonl
+from trilevel.errors import CheckpointError
+from trilevel.report.machine import machine_block
+
+__all__ = ["Case", "Summary", "evaluate", "prepare", "report", "runs", "summarize", "systems"]
+
+TECH = "docs/tech.jsonl.xz"
+# both 2,048-token runs, kept so that the bars can be measured again without training
+KEPT_RUNS = Path(__file__).parents[3] / "benchmarks" / "models" / "documents"
+MEASURES = ("rouge1", "rouge2", "rougeL")
+
+# name of the bar, measure, the other system, comparison, bar
+_BARS = (
+    ("rouge1_vs_dense", 0, "dense", ">=", 0.99),
+    ("rouge2_vs_dense", 1, "dense", ">=", 0.99),
+    ("rougeL_vs_dense", 2, "dense", ">=", 0.99),
+    ("rouge1_vs_lead", 0, "lead", ">", 1.0),
+    ("rouge1_vs_lexrank", 0, "lexrank", ">", 1.0),
+    ("rouge1_vs_textrank", 0, "textrank", ">", 1.0),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One document ready to be summarised in any way."""
+
+    document: Document
+    units: list[Unit]
+    encoded: Encoded
+
+    def sentences(self, indices: Sequence[int]) -> list[str]:
+        """Texts of units."""
+        return [self.units[i].text for i in indices]
+
+
+Chooser = Callable[[Case], list[int]]
+
+
+def prepare(path: Path, *, split: str = "test", limit: int | None = None) -> list[Case]:
+    """The documents of a split, whole, with units and tokens."""
+    documents = load_jsonl(path, split=split, limit=limit)
+    encoded = encode_corpus(documents, shipped_tokenizer())
+    pairs = zip(documents, encoded, strict=True)
+    return [Case(document=document, units=split_units(document), encoded=arrays) for document, arrays in pairs]
+
+
+def runs(checkpoint: Path | None = None, dense: Path | None = None) -> dict[str, Path | None]:
+    """The models to compare: both 2,048-token runs, and the shipped model with and without focus.
+
+    Runs that are not given are those kept in the repository for the bars; one that is not there is left out.
+    """
+    kept = {"trilevel": checkpoint or KEPT_RUNS / "multilevel", "dense": dense or KEPT_RUNS / "dense"}
+    given = {"trilevel": checkpoint, "dense": dense}
+    found: dict[str, Path | None] = {name: path for name, path in kept.items() if given[name] or path.is_dir()}
+    if not found:
+        raise CheckpointError(
+            f"no model to evaluate: {KEPT_RUNS} is not there. Give --checkpoint and --dense-checkpoint with folders "
+            "that `trilevel train documents` wrote."
+        )
+    if (PRETRAINED / CHECKPOINT_FOLDER).exists():
+        found |= {"shipped": None, "shipped+focus": None}
+    return found
+
+
+def systems(models: Mapping[str, str | Path | None], *, budget_words: int = DEFAULT_BUDGET_WORDS) -> dict[str, Chooser]:
+    """Ways to summarise: every model of `models` (name -> run folder, None = shipped), the baselines and the oracle.
+
+    A run whose name ends in `+focus` sends only a fifth of the units through the deep blocks.
+    """
+    selection = Selection(words=budget_words)
+    found: dict[str, Chooser] = {}
+    for name, path in models.items():
+        model = load_run(path)[0]
+        focus = model.config.tokens.focus
+        fraction = focus.fraction if name.endswith("+focus") and focus is not None else None
+        found[name] = _by_model(model, selection, fraction)
+    for name, rank in baselines.RANKINGS.items():
+        found[name] = _by_ranking(rank, selection)
+    found["oracle"] = lambda case: [int(i) for i in np.flatnonzero(case.encoded.oracle)]
+    return found
+
+
+def _by_model(model: DocumentModel, selection: Selection, fraction: float | None) -> Chooser:
+    def chosen(case: Case) -> list[int]:
+        scores = score_units(model, case.encoded, focus_fraction=fraction)
+        return choose_units(case.units, scores, case.encoded, selection)
+
+    return chosen
+
+
+def _by_ranking(rank: Callable[[Sequence[str]], list[int]], selection: Selection) -> Chooser:
+    def chosen(case: Case) -> list[int]:
+        candidates = [int(i) for i in np.flatnonzero(case.encoded.unit_selectable)]
+        order = [candidates[place] for place in rank(case.sentences(candidates))]
+        return choose(order, [unit.text for unit in case.units], [unit.words for unit in case.units], selection)
+
+    return chosen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What one system did: `scores` (documents, 3) ROUGE-1/2/L, `words` (documents,), chosen units per document."""
+
+    scores: np.ndarray
+    words: np.ndarray
+    chosen: list[list[int]]
+
+
+def evaluate(
+    cases: Sequence[Case],
+    ways: Mapping[str, Chooser],
+    *,
+    on_progress: Callable[[str, int], None] | None = None,
+) -> dict[str, Outcome]:
+    """Summarise every case in every way and score it; `on_progress(name, done)` is called after each document."""
+    found = {}
+    for name, way in ways.items():
+        chosen, scores, words = [], [], []
+        for number, case in enumerate(cases, start=1):
+            indices = way(case)
+            chosen.append(indices)
+            scores.append(rouge(case.document.abstract, case.sentences(indices)))
+            words.append(sum(case.units[i].words for i in indices))
+            if on_progress is not None:
+                on_progress(name, number)
+        found[name] = Outcome(scores=np.array(scores), words=np.array(words), chosen=chosen)
+    return found
+
+
+def report(outcomes: Mapping[str, Outcome], *, ours: str = "trilevel", with_bars: bool = True) -> dict[str, Any]:
+    """The JSON document of an evaluation: machine, rows (mean and 95% interval over documents) and bars."""
+    return {
+        "case": "documents",
+        "machine": machine_block(),
+        "documents": len(next(iter(outcomes.values())).scores),
+        "rows": [_row(name, outcome, outcomes.get("dense")) for name, outcome in outcomes.items()],
+        "bars": [_bar(outcomes, ours, *bar) for bar in _BARS] if with_bars else [],
+    }
+
+
+def _row(name: str, outcome: Outcome, dense: Outcome | None) -> dict[str, Any]:
+    row: dict[str, Any] = {"system": name, "words": round(float(outcome.words.mean()), 1)}
+    for column, measure in enumerate(MEASURES):
+        scores = outcome.scores[:, column]
+        low, high = bootstrap_mean(scores)
+        row[measure] = round(float(scores.mean()), 3)
+        row[f"{measure}_interval"] = [round(low, 3), round(high, 3)]
+    if dense is not None:
+        row["agreement_with_dense"] = round(agreement(outcome.chosen, dense.chosen), 4)
+    return row
+
+
+def agreement(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> float:
+    """Mean over documents of shared / all chosen units (Jaccard); two empty choices agree."""
+    pairs = [(set(a), set(b)) for a, b in zip(ours, theirs, strict=True)]
+    return float(np.mean([len(a & b) / len(a | b) if a | b else 1.0 for a, b in pairs]))
+
+
+def _bar(
+    outcomes: Mapping[str, Outcome], ours: str, name: str, column: int, other: str, op: str, bar: float
+) -> dict[str, Any]:
+    if ours not in outcomes or other not in outcomes:
+        return {"name": name, "value": None, "op": op, "bar": bar, "holds": False, "note": f"{other} was not run"}
+    ratio = bootstrap_ratio(outcomes[ours].scores[:, column], outcomes[other].scores[:, column])
+    holds = ratio.value >= bar if op == ">=" else ratio.value > bar
+    interval = [round(ratio.low, 4), round(ratio.high, 4)]
+    return {"name": name, "value": round(ratio.value, 4), "interval": interval, "op": op, "bar": bar, "holds": holds}
