@@ -17,11 +17,12 @@ COMMANDS = ("demo", "summarize", "train", "evaluate", "bench", "info")
 
 
 class Commands(TyperGroup):
-    """The commands in the order they are registered; turns our own errors into a message and an exit code."""
+    """Lists the commands in our order; turns our own errors into a message and an exit code."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         """The commands in the order a newcomer meets them, not by alphabet."""
-        return list(self.commands)
+        # typer itself would list plain commands before those with subcommands
+        return sorted(self.commands, key=lambda name: COMMANDS.index(name) if name in COMMANDS else len(COMMANDS))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; a `TrilevelError` ends with exit code 2, Ctrl-C with 130, neither with a traceback."""
