@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Literal, NamedTuple
 
 from trilevel.errors import ConfigError
@@ -68,11 +67,11 @@ class LevelRatio:
         return HeadSplit(*self._largest_remainder(groups)).scaled(num_heads // groups)
 
     def _largest_remainder(self, seats: int) -> list[int]:
-        shares = [Fraction(share) for share in self.shares]
-        quotas = [share * seats / sum(shares) for share in shares]
-        counts = [int(quota) for quota in quotas]
-        by_remainder = sorted(range(3), key=lambda c: (counts[c] - quotas[c], c))
-        for index in by_remainder[: seats - sum(counts)]:
+        shares, total = self.shares, sum(self.shares)
+        counts = [int(share * seats // total) for share in shares]
+        # seats * share - count * total is exact for whole shares, so equal remainders really tie
+        missing = [counts[c] * total - seats * shares[c] for c in range(3)]
+        for index in sorted(range(3), key=missing.__getitem__)[: seats - sum(counts)]:
             counts[index] += 1
         for index in range(3):
             if shares[index] > 0 and counts[index] == 0:
