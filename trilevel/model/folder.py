@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -33,6 +34,7 @@ def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]], conf
     temporary: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
         _write_files(temporary, files, config)
         _replace(temporary, folder)
@@ -44,6 +46,12 @@ def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]], conf
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    # what a killed writer left; a checkpoint has one writer at a time
+    for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_files(temporary: Path, files: Mapping[str, Callable[[Path], None]], config: Mapping[str, Any]) -> None:

@@ -153,7 +153,8 @@ class BlockStack(nn.Module):
             padding_mask: (batch, tokens) bool, true at padding.
             segment_ids: (batch, tokens) int, non-decreasing: tokens see their own segment only.
             num_segments: segments at most, when known.
-            positions: (batch, tokens) int for the rotary positions; default the place in the input.
+            positions: (batch, tokens) int for the rotary positions; default the place in the segment, so that packed
+                inputs give what they give alone.
             global_prior: (batch, tokens), added to the score by which global tokens are chosen.
             global_forced: (batch, tokens) bool, tokens that are global in any case.
             unit_ids: (batch, tokens) int, the unit (say sentence) a token is in, negative for none; needed for focus.
@@ -169,6 +170,8 @@ class BlockStack(nn.Module):
         """
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ShapeError(f"x has shape {tuple(x.shape)}; (batch, tokens, {self.dim}) is needed.")
+        if positions is None and segment_ids is not None:
+            positions = places_in_segments(segment_ids)
         tokens = _Tokens(
             padding_mask=padding_mask,
             segment_ids=segment_ids,
@@ -233,6 +236,18 @@ class BlockStack(nn.Module):
             kept_units=keep_units,
             kept_tokens=compact.index.masked_fill(compact.padding_mask, -1),
         )
+
+
+def places_in_segments(segment_ids: Tensor) -> Tensor:
+    """Place of each token behind the first of its segment, (batch, tokens); ids must not decrease.
+
+    >>> places_in_segments(torch.tensor([[4, 4, 4, 7, 7]]))
+    tensor([[0, 1, 2, 0, 1]])
+    """
+    places = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
+    is_first = torch.ones_like(segment_ids, dtype=torch.bool)
+    is_first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return places - torch.where(is_first, places, 0).cummax(dim=1).values
 
 
 def _run(blocks: nn.ModuleList, x: Tensor, tokens: _Tokens, report: list[Any] | None) -> Tensor:
