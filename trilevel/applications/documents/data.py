@@ -28,6 +28,7 @@ from trilevel.errors import InputError
 
 MAX_TOKENS = 65_536
 MAX_UNIT_TOKENS = 128
+_TEXTS_AT_ONCE = 512
 
 
 class DocumentBatch(TypedDict):
@@ -85,11 +86,13 @@ class Encoded:
         )
 
 
-def encode(units: Sequence[Unit], tokenizer: DocumentTokenizer, *, abstract: str = "") -> Encoded:
+def encode(
+    units: Sequence[Unit], tokenizer: DocumentTokenizer, *, abstract: str = "", max_tokens: int | None = None
+) -> Encoded:
     """Tokens and features of a document's units; with an abstract, oracle labels as well.
 
-    A unit keeps its first 128 tokens. Units that give no token (spaces, say) get the padding token, so that unit
-    ids stay complete.
+    A unit keeps its first 128 tokens, the document whole units up to `max_tokens`; features are those of all units.
+    A unit that gives no token (spaces, say) gets the padding token, so that unit ids stay complete.
 
     Raises:
         InputError: there is no unit.
@@ -97,22 +100,38 @@ def encode(units: Sequence[Unit], tokenizer: DocumentTokenizer, *, abstract: str
     if not units:
         raise InputError("The document has no title, heading or sentence; text with at least one word is needed.")
     units = list(units)
-    ids = [found[:MAX_UNIT_TOKENS] or [PADDING_ID] for found in tokenizer.encode([u.text for u in units])]
+    ids = _token_ids([unit.text for unit in units], tokenizer, max_tokens)
+    kept = len(ids)
     mask = selectable(units)
     oracle, gains = np.zeros(len(units), np.float32), np.zeros(len(units), np.float32)
     if abstract:
         texts = [unit.text for unit in units]
         oracle[labels.oracle(texts, abstract, mask.tolist())] = 1.0
         gains = labels.sentence_gains(texts, abstract) * mask
-    return Encoded(
+    encoded = Encoded(
         input_ids=np.concatenate([np.array(found, np.int32) for found in ids]),
-        unit_ids=np.repeat(np.arange(len(units), dtype=np.int32), [len(found) for found in ids]),
-        unit_prior=np.array([unit.prior for unit in units], np.float32),
-        unit_features=features(units),
-        unit_selectable=mask,
-        oracle=oracle,
-        gains=gains,
+        unit_ids=np.repeat(np.arange(kept, dtype=np.int32), [len(found) for found in ids]),
+        unit_prior=np.array([unit.prior for unit in units[:kept]], np.float32),
+        unit_features=features(units)[:kept],
+        unit_selectable=mask[:kept],
+        oracle=oracle[:kept],
+        gains=gains[:kept],
+        units_left_out=len(units) - kept,
     )
+    return encoded if max_tokens is None else encoded.cut(max_tokens)
+
+
+def _token_ids(texts: list[str], tokenizer: DocumentTokenizer, max_tokens: int | None) -> list[list[int]]:
+    """Token ids of each text until `max_tokens` is passed; a document of many megabytes is not read to its end."""
+    found: list[list[int]] = []
+    total = 0
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        if max_tokens is not None and total > max_tokens:
+            break
+        for ids in tokenizer.encode(texts[start : start + _TEXTS_AT_ONCE]):
+            found.append(ids[:MAX_UNIT_TOKENS] or [PADDING_ID])
+            total += len(found[-1])
+    return found
 
 
 def collate(documents: Sequence[Encoded]) -> DocumentBatch:

@@ -117,7 +117,7 @@ def _by_ranking(rank: Callable[[Sequence[str]], list[int]], selection: Selection
     def chosen(case: Case) -> list[int]:
         candidates = [int(i) for i in np.flatnonzero(case.encoded.unit_selectable)]
         order = [candidates[place] for place in rank(case.sentences(candidates))]
-        return choose(order, [unit.text for unit in case.units], [unit.words for unit in case.units], selection)
+        return choose(order, [unit.text for unit in case.units], [unit.length for unit in case.units], selection)
 
     return chosen
 

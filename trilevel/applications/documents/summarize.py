@@ -70,7 +70,7 @@ def summarize(
     words = DEFAULT_BUDGET_WORDS if num_sentences is None and budget_words is None else budget_words
     selection = Selection(words=words, sentences=num_sentences, max_overlap=max_overlap)
     units = split_units(document)
-    encoded = encode(units, tokenizer).cut(max_tokens)
+    encoded = encode(units, tokenizer, max_tokens=max_tokens)
     start = time.perf_counter()
     scores = score_units(model, encoded, focus_fraction=focus_fraction)
     seconds = time.perf_counter() - start
@@ -89,4 +89,4 @@ def summarize(
 def choose_units(units: Sequence[Unit], scores: np.ndarray, encoded: Encoded, selection: Selection) -> list[int]:
     """Indices of the summary's units, in document order."""
     order = by_score(scores, encoded.unit_selectable)
-    return choose(order, [unit.text for unit in units], [unit.words for unit in units], selection)
+    return choose(order, [unit.text for unit in units], [unit.length for unit in units], selection)

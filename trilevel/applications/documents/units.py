@@ -51,6 +51,11 @@ class Unit:
         return self.kind >= Kind.SENTENCE and self.words >= MIN_SELECTABLE_WORDS
 
     @property
+    def length(self) -> int:
+        """What it takes from a budget of words: its words, or one for every 20 characters where those are more."""
+        return max(self.words, len(self.text) // 20)
+
+    @property
     def prior(self) -> float:
         """What is added to the score of its tokens when global tokens are chosen."""
         if self.kind <= Kind.HEADING:
