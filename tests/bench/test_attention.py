@@ -13,7 +13,7 @@ from torch import Tensor
 from trilevel.attention.api import multi_level_attention
 from trilevel.attention.levels import Levels
 from trilevel.bench import attention as case_module
-from trilevel.bench.attention import AttentionCase, bars, run
+from trilevel.bench.attention import AttentionCase, bars, digest, run
 from trilevel.bench.contenders import Contender, dense, window_block_mask
 from trilevel.bench.problem import Problem, dense_rows, levels_rows, window_rows
 
@@ -67,7 +67,7 @@ def with_peers(monkeypatch: pytest.MonkeyPatch, *peers: Contender) -> None:
 
 def test_every_contender_passes_its_gate() -> None:
     report = run(tiny(lengths={128: 0.0}, levels=dataclasses.replace(small(), window=9)))
-    status = {(row["contender"], row["precision"]): row["status"] for row in report.rows}
+    status = {(row["contender"], row["precision"]): row["status"] for row in report.measurements}
     assert set(status.values()) <= {"measured", "absent"}, report.rows
     assert status["trilevel calibrated", "bfloat16"] == "measured"
     assert not report.bars
@@ -78,7 +78,7 @@ def test_the_gate_sees_the_zero_padding_that_local_attention_leaks() -> None:
     pytest.importorskip("local_attention")
     # 128 tokens are no multiple of its window of 3: its last queries attend to zero keys
     report = run(tiny(lengths={128: 0.0}, precisions=("float32",)))
-    status = {row["contender"]: row["status"] for row in report.rows}
+    status = {row["contender"]: row["status"] for row in report.measurements}
     assert status["local-attention"] == "failed"
     assert report.holds
 
@@ -94,7 +94,7 @@ def test_a_wrong_contender_is_failed_and_never_timed(monkeypatch: pytest.MonkeyP
         return call
 
     with_peers(monkeypatch, dataclasses.replace(dense(), name="wrong", build=build, matches="local"))
-    rows = [row for row in run(tiny(precisions=("float32",))).rows if row["contender"] == "wrong"]
+    rows = [row for row in run(tiny(precisions=("float32",))).measurements if row["contender"] == "wrong"]
     assert rows[0]["status"] == "failed"
     assert "error" in rows[0]["reason"]
     assert "median_ms" not in rows[0]
@@ -106,7 +106,7 @@ def test_a_contender_that_raises_is_failed(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("no such kernel")
 
     with_peers(monkeypatch, dataclasses.replace(dense(), build=build))
-    row = run(tiny(precisions=("float32",))).rows[-1]
+    row = run(tiny(precisions=("float32",))).measurements[-1]
     assert row["status"] == "failed"
     assert "no such kernel" in row["reason"]
 
@@ -127,7 +127,7 @@ def test_absent_and_expensive_peers_are_named(monkeypatch: pytest.MonkeyPatch) -
         dataclasses.replace(dense(), name="big", peak_bytes=lambda *_: 9 * 2**30),
         dataclasses.replace(dense(), name="slow"),
     )
-    rows = run(tiny(precisions=("float32",), lengths={32: 0.0, 64: 0.0}, most_seconds=1e-9)).rows
+    rows = run(tiny(precisions=("float32",), lengths={32: 0.0, 64: 0.0}, most_seconds=1e-9)).measurements
     reasons = {(row["contender"], row["tokens"]): (row["status"], row.get("reason", "")) for row in rows}
     assert reasons["gone", 32] == ("absent", "no_such_package is not installed: pip install 'trilevel[bench]'")
     assert reasons["big", 32] == ("skipped", "predicted 9.0 GiB, limit 8 GiB")
@@ -161,3 +161,16 @@ def test_bars_do_not_hold_without_measurements() -> None:
     assert [bar.holds for bar in bars([])] == [False] * 3
     half = [row("float32", "a", 30, "local")]
     assert bars(half)[2].value is None
+
+
+def test_digest_has_a_row_for_each_contender_and_says_what_is_missing() -> None:
+    rows = [
+        row("float32", "a", 30, "local") | {"tokens": 512},
+        row("float32", "a", 90, "local") | {"this_over_ours": 1.5},
+        row("float32", "a", 0, "local", status="skipped") | {"tokens": 32_768, "reason": "predicted 9 GiB"},
+    ]
+    del rows[2]["median_ms"]
+    (made,) = digest(rows)
+    assert (made["ms_512"], made["ms_8192"], made["ms_32768"]) == (30, 90, None)
+    assert (made["this_over_ours"], made["ratios_at"], made["compared_with"]) == (1.5, 8_192, "trilevel local")
+    assert made["note"] == "32768: skipped, predicted 9 GiB"

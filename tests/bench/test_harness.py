@@ -99,7 +99,7 @@ def test_report_holds_when_all_bars_do() -> None:
     assert Report(case="x", rows=[], bars=[good]).holds
     assert not Report(case="x", rows=[], bars=[good, bad]).holds
     document = Report(case="x", rows=[{"a": 1}], bars=[bad]).to_dict({"cpu": "c"})
-    assert list(document) == ["case", "machine", "settings", "rows", "bars", "broken"]
+    assert list(document) == ["case", "machine", "settings", "rows", "bars", "measurements", "broken"]
 
 
 def test_document_is_written_whole(tmp_path: Path) -> None:

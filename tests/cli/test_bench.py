@@ -57,4 +57,4 @@ def test_smoke_of_the_whole_command() -> None:
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["bars"] == []
-    assert {row["status"] for row in document["rows"]} == {"measured"}
+    assert {row["status"] for row in document["measurements"]} == {"measured"}

@@ -78,11 +78,36 @@ def run(case: AttentionCase, progress: Progress = lambda _what, _done: None) -> 
         _add_memory(case, rows, functools.partial(_tell, progress, 1.0))
     return Report(
         case="attention",
-        rows=rows,
+        rows=digest(rows),
+        measurements=rows,
         bars=bars(rows) if BAR_TOKENS in case.lengths else [],
         settings=_settings(case),
         broken=sorted({row["contender"] for row in rows if row["status"] == "failed" and row["ours"]}),
     )
+
+
+def digest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each precision and contender: milliseconds by length, ratios at the bars' length (else the last)."""
+    made = []
+    for precision, name in dict.fromkeys((row["precision"], row["contender"]) for row in rows):
+        own = [row for row in rows if (row["precision"], row["contender"]) == (precision, name)]
+        at = next((row for row in own if row["tokens"] == BAR_TOKENS), own[-1])
+        made.append(
+            {
+                "precision": precision,
+                "contender": name,
+                **{f"ms_{row['tokens']}": row.get("median_ms") for row in own},
+                "dense_over_this": at.get("dense_over_this"),
+                "compared_with": MATCHING.get(at["matches"] or ""),
+                "this_over_ours": at.get("this_over_ours"),
+                "ratios_at": at["tokens"],
+                "peak_memory_bytes": at.get("peak_memory_bytes"),
+                "note": "; ".join(
+                    f"{row['tokens']}: {row['status']}, {row['reason']}" for row in own if "reason" in row
+                ),
+            }
+        )
+    return made
 
 
 def _tell(progress: Progress, done: float, what: str) -> None:

@@ -150,13 +150,15 @@ Progress = Callable[[str, float], None]
 class Report:
     """What a case measured: rows of a table, bars, and the settings they were measured with.
 
-    `broken` names parts of our own that failed their correctness gate; with one of them nothing holds.
+    `measurements` holds the single measurements where the rows are a digest of them. `broken` names parts of our own
+    that failed their correctness gate; with one of them nothing holds.
     """
 
     case: str
     rows: list[dict[str, Any]]
     bars: list[Bar] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    measurements: list[dict[str, Any]] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
 
     @property
@@ -165,13 +167,14 @@ class Report:
         return not self.broken and all(bar.holds for bar in self.bars)
 
     def to_dict(self, machine: dict[str, Any]) -> dict[str, Any]:
-        """The JSON document: case, machine, settings, rows, bars, broken."""
+        """The JSON document: case, machine, settings, rows, bars, measurements, broken."""
         return {
             "case": self.case,
             "machine": machine,
             "settings": self.settings,
             "rows": self.rows,
             "bars": [bar.to_dict() for bar in self.bars],
+            "measurements": self.measurements,
             "broken": self.broken,
         }
 

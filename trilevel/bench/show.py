@@ -11,11 +11,14 @@ from trilevel.bench.harness import Bar, Report
 
 def attention_tables(report: Report) -> list[Table]:
     """One table for each precision: milliseconds at every length, and how many times faster than dense that is."""
-    return [_attention_table(report, precision) for precision in dict.fromkeys(row["precision"] for row in report.rows)]
+    return [
+        _attention_table(report, precision)
+        for precision in dict.fromkeys(row["precision"] for row in report.measurements)
+    ]
 
 
 def _attention_table(report: Report, precision: str) -> Table:
-    rows = [row for row in report.rows if row["precision"] == precision]
+    rows = [row for row in report.measurements if row["precision"] == precision]
     lengths = list(dict.fromkeys(row["tokens"] for row in rows))
     table = Table(title=f"attention, {precision}: ms (times faster than dense SDPA)", title_justify="left")
     table.add_column("contender")
@@ -37,6 +40,26 @@ def _cell(row: dict[str, Any]) -> str:
     memory = row.get("peak_memory_bytes")
     text = f"{row['median_ms']:,.2f}" + (f" ({ratio:.1f}x)" if ratio else "")
     return text if memory is None else f"{text}, {memory / 2**20:,.0f} MiB"
+
+
+def levels_table(report: Report) -> Table:
+    """Accuracy of each variant of the levels on each task."""
+    table = Table(title="accuracy in per cent: mean (lowest to highest seed)", title_justify="left")
+    tasks = list(dict.fromkeys(row["task"] for row in report.rows))
+    table.add_column("variant")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for variant in dict.fromkeys(row["variant"] for row in report.rows):
+        found = {row["task"]: row for row in report.rows if row["variant"] == variant}
+        cells = (found.get(task) for task in tasks)
+        table.add_row(
+            variant,
+            *(
+                f"{row['accuracy_percent']:.1f} ({row['lowest']:.1f} to {row['highest']:.1f})" if row else "-"
+                for row in cells
+            ),
+        )
+    return table
 
 
 def bars_table(bars: list[Bar]) -> Table:

@@ -51,6 +51,33 @@ def attention(
     _finish(report, attention_tables(report), as_json=as_json, out=out)
 
 
+@app.command()
+def levels(
+    as_json: Json = False,
+    smoke: Smoke = False,
+    out: Out = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default: one for each thread of torch.")
+    ] = None,
+    docs: Annotated[Path | None, typer.Option(help="Also write levels.md and img/levels.png into this folder.")] = None,
+) -> None:
+    """What each level is worth: six variants on two generated tasks, three seeds, resumable (about 10 min)."""
+    import dataclasses
+
+    from trilevel.bench.levels import LevelsCase, run
+    from trilevel.bench.levels_docs import write_docs
+    from trilevel.bench.show import levels_table
+
+    case = LevelsCase.smoke() if smoke else LevelsCase()
+    if workers is not None:
+        case = dataclasses.replace(case, workers=workers)
+    with _progress() as progress:
+        report = run(case, progress)
+    if docs is not None:
+        write_docs(report, docs)
+    _finish(report, [levels_table(report)], as_json=as_json, out=out)
+
+
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """A bar on standard error: what is being done, how far it is, how long it has taken."""
