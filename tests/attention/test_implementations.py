@@ -53,7 +53,7 @@ def test_lengths(kind: str, tokens: int) -> None:
     assert_same(inputs(Case(name=kind, tokens=tokens, **KINDS[kind])), 1e-11)
 
 
-@pytest.mark.parametrize("padding", ["right", "left", "middle", "scattered", "whole_row"])
+@pytest.mark.parametrize("padding", ["left", "scattered"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding(kind: str, padding: str) -> None:
     assert_same(inputs(Case(name=kind, tokens=131, padding=padding, **KINDS[kind])), 1e-11)

@@ -83,7 +83,7 @@ def some_levels(draw: st.DrawFn, *, causal: bool) -> Levels:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_padding_on_either_side_changes_nothing(impl: Impl, data: st.DataObject) -> None:
     causal = data.draw(st.booleans())
@@ -107,7 +107,7 @@ def test_padding_on_either_side_changes_nothing(impl: Impl, data: st.DataObject)
     assert (lse[:, :, outside] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("kind", ["right", "left", "middle", "scattered"])
+@pytest.mark.parametrize("kind", ["right", "scattered"])
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_what_stands_in_padding_changes_not_a_bit(impl: Impl, name: str, kind: str) -> None:
@@ -127,7 +127,7 @@ def test_what_stands_in_padding_changes_not_a_bit(impl: Impl, name: str, kind: s
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_packed_segments_equal_separate_calls(impl: Impl, data: st.DataObject) -> None:
     causal = data.draw(st.booleans())
@@ -170,7 +170,7 @@ CAUSAL = [case for case in CALIBRATED if case.is_causal and case.tokens == 19 an
 def test_the_future_changes_nothing_selection_included(case: Case, impl: Impl) -> None:
     arguments = inputs(case)
     wanted = attend(arguments, impl)
-    for now in (0, 1, 4, 7, 11, 17):
+    for now in (0, 4, 11, 17):
         changed = clone(arguments)
         future = inputs(case, seed=now + 100)
         for name in ("query", "key", "value", "global_score", "global_prior"):
@@ -187,7 +187,7 @@ def test_the_future_changes_nothing_selection_included(case: Case, impl: Impl) -
 def test_a_prefix_alone_gives_the_same(case: Case, impl: Impl) -> None:
     arguments = inputs(case)
     out, lse = attend(arguments, impl)
-    for length in (1, 2, 5, 13):
+    for length in (1, 5, 13):
         prefix = take(arguments, torch.arange(length))
         assert_equal((out[:, :, :length], lse[:, :, :length]), attend(prefix, impl))
 
@@ -224,11 +224,11 @@ def _clean_and_dirty(case: Case, where: Tensor, visible: Tensor, bad: float, imp
 
 
 # the last is finite: sums over what nobody may see would drown in it
-BAD = [float("nan"), float("inf"), -float("inf"), 1e100]
+BAD = [float("nan"), -float("inf"), 1e100]
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("kind", ["right", "left", "scattered", "whole_row"])
+@pytest.mark.parametrize("kind", ["left", "scattered"])
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_padding_never_leaks(impl: Impl, name: str, kind: str, bad: float) -> None:
@@ -238,7 +238,7 @@ def test_padding_never_leaks(impl: Impl, name: str, kind: str, bad: float) -> No
 
 
 @pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("now", [0, 6, 11, 17])
+@pytest.mark.parametrize("now", [6, 17])
 @pytest.mark.parametrize("name", ["calibrated", "union_gate_sinks"])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_the_future_never_leaks(impl: Impl, name: str, now: int, bad: float) -> None:
@@ -249,7 +249,7 @@ def test_the_future_never_leaks(impl: Impl, name: str, now: int, bad: float) -> 
 
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("is_causal", [False, True], ids=["both_ways", "causal"])
-@pytest.mark.parametrize("segment", [0, 1, 2])
+@pytest.mark.parametrize("segment", [0, 1])
 @pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_other_segments_never_leak(impl: Impl, name: str, segment: int, is_causal: bool, bad: float) -> None:
@@ -261,7 +261,7 @@ def test_other_segments_never_leak(impl: Impl, name: str, segment: int, is_causa
     _clean_and_dirty(case, where, ~where, bad, impl)
 
 
-@pytest.mark.parametrize("bad", BAD[:3])
+@pytest.mark.parametrize("bad", BAD[:2])
 @pytest.mark.parametrize("hidden", ["padding", "future", "segment"])
 @pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, "auto"])
 def test_nothing_leaks_where_the_function_is_dense(impl: Impl, hidden: str, bad: float) -> None:
