@@ -315,9 +315,7 @@ def _segments(segment_ids: Tensor | None, num_segments: int | None) -> tuple[Ten
     return segment_ids.long(), highest if num_segments is None else num_segments
 
 
-def _score(
-    score: Tensor | None, prior: Tensor | None, valid: Tensor | None, shape: tuple[int, int]
-) -> Tensor | None:
+def _score(score: Tensor | None, prior: Tensor | None, valid: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
     if prior is not None:
         if tuple(prior.shape) not in (shape, shape[1:]):
             raise ShapeError(f"global_prior must have shape {shape} or {shape[1:]}, got {tuple(prior.shape)}.")

@@ -76,9 +76,7 @@ def regional_entries(call: Call, geometry: Geometry, key: Tensor, value: Tensor,
     """A summary a region; causal: the tokens in no complete region as remainder."""
     slots = region_slots(call, geometry)
     tail = pool_regions(key, value, slots, weight)
-    return Entries(
-        regions=tail, remainder=_open_region(call, geometry, slots, key, value) if call.is_causal else None
-    )
+    return Entries(regions=tail, remainder=_open_region(call, geometry, slots, key, value) if call.is_causal else None)
 
 
 def global_entries(call: Call, geometry: Geometry, key: Tensor, value: Tensor, weight: Tensor | None) -> Entries:
@@ -234,7 +232,6 @@ def _open_region(call: Call, geometry: Geometry, slots: Slots, key: Tensor, valu
     count = torch.where(whole, 0, (geometry.low - start).clamp(min=0))
     keep = (count > 0)[:, None, :, None]
     sums = [
-        torch.where(keep, _before_window(segmented_cumsum(x, region), geometry, call, region), 0)
-        for x in (key, value)
+        torch.where(keep, _before_window(segmented_cumsum(x, region), geometry, call, region), 0) for x in (key, value)
     ]
     return Remainder(key_sum=sums[0], value_sum=sums[1], count=count, start=start, holds_near=False)

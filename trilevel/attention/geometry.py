@@ -38,10 +38,10 @@ class Geometry:
 class Slots:
     """Consecutive groups of a segment's real tokens (regions, selection chunks).
 
-    start, end: (batch or 1, slots) rank interval, empty for unused slots. segment: (batch or 1, slots). full:
-    (batch or 1, slots) whether the slot has all its tokens. index: (batch or 1, slots, size) positions. filled: the same
-    shape, whether the place is used. of_token: (batch or 1, tokens) slot of a token. is_view: the slots are the plain
-    blocks of the row (no padding, one segment). offset: (batch or 1, segments) first slot of a segment.
+    start, end: (batch or 1, slots) rank interval, empty for unused slots. segment, full: (batch or 1, slots), whose it
+    is and whether it has all its tokens. index, filled: (batch or 1, slots, size), positions and whether the place is
+    used. of_token: (batch or 1, tokens) slot of a token. offset: (batch or 1, segments) first slot of a segment.
+    is_view: the slots are the plain blocks of the row (no padding, one segment).
     """
 
     start: Tensor

@@ -232,9 +232,7 @@ class MultiLevelAttention(nn.Module):
             is_causal=False,
             device=x.device,
         )
-        chosen = select_global(
-            score + prior, forced, geometry, num_global_tokens=levels.num_global_tokens, chunk=None
-        )
+        chosen = select_global(score + prior, forced, geometry, num_global_tokens=levels.num_global_tokens, chunk=None)
         index = chosen.index[:, 0]
         slots = make_slots(geometry, size=levels.region_size, num_slots=levels.num_regions)
         return Explanation(

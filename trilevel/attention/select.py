@@ -28,7 +28,7 @@ class GlobalTokens:
 def select_global(
     score: Tensor, forced: Tensor | None, geometry: Geometry, *, num_global_tokens: int, chunk: int | None
 ) -> GlobalTokens:
-    """Select at most `num_global_tokens` real tokens of every segment; causal (`chunk` given): of every prefix of chunks.
+    """Select at most `num_global_tokens` real tokens of every segment, or (`chunk` given) of every prefix of chunks.
 
     Args:
         score: (batch, tokens) learned score plus prior.
@@ -39,8 +39,10 @@ def select_global(
     """
     with torch.no_grad():
         strength = score if forced is None else torch.where(forced, torch.inf, score)
-        count = min(num_global_tokens, geometry.num_tokens) if isinstance(geometry.num_tokens, int) else (
-            torch.sym_min(num_global_tokens, geometry.num_tokens)
+        count = (
+            min(num_global_tokens, geometry.num_tokens)
+            if isinstance(geometry.num_tokens, int)
+            else (torch.sym_min(num_global_tokens, geometry.num_tokens))
         )
         if chunk is None:
             return _per_segment(strength, geometry, count)

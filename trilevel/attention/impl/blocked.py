@@ -6,18 +6,16 @@ block, so that the logits of one step stay in cache and the peak does not grow w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from trilevel.attention.call import Call
 from trilevel.attention.entries import (
     Entries,
-    RegionTail,
     Remainder,
-    TokenTail,
     choose_global,
     global_entries,
     local_entries,
@@ -27,31 +25,10 @@ from trilevel.attention.entries import (
     tail_bias,
 )
 from trilevel.attention.geometry import Geometry, make_geometry, slot_view
+from trilevel.attention.rows import Rows, SeenTail, View, compute_dtype, view_of, window_width, windows
 
 # logits of one streamed step: 2 MiB of float32 stay in the second-level cache of the machines we target
 STEP_LOGITS = 512 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """A run of query rows in blocks; per-row tensors are (batch or 1, 1, blocks, 1, block, 1)."""
-
-    start: int
-    stop: int
-    block: int
-    num_blocks: int
-
-    def of(self, x: Tensor) -> Tensor:
-        """Cut (batch or 1, tokens) to these rows, padded with 0."""
-        rows = pad(x[:, self.start : self.stop], (0, self.num_blocks * self.block - (self.stop - self.start)))
-        return rows.view(x.shape[0], 1, self.num_blocks, 1, self.block, 1)
-
-    def vectors(self, x: Tensor) -> Tensor:
-        """Cut (batch, heads, tokens, dim) to (batch, heads, blocks, 1, block, dim), padded with 0."""
-        batch, heads, _, dim = x.shape
-        spare = self.num_blocks * self.block - (self.stop - self.start)
-        rows = pad(x[:, :, self.start : self.stop], (0, 0, 0, spare))
-        return rows.reshape(batch, heads, self.num_blocks, 1, self.block, dim)
 
 
 def attend(call: Call) -> tuple[Tensor, Tensor | None]:
@@ -96,9 +73,7 @@ def _hide_nonfinite(call: Call, geometry: Geometry) -> tuple[Call, Tensor | None
     before = (per_segment.cumsum(1) - per_segment).gather(1, group)
     seen = (count - before if call.is_causal else per_segment.gather(1, group)) > 0
     keep, keep_q = finite[:, None, :, None], finite_q[:, None, :, None]
-    clean = replace(
-        call, query=torch.where(keep_q, q, 0), key=torch.where(keep, k, 0), value=torch.where(keep, v, 0)
-    )
+    clean = replace(call, query=torch.where(keep_q, q, 0), key=torch.where(keep, k, 0), value=torch.where(keep, v, 0))
     seen = seen | ~finite_q
     return clean, seen if call.valid is None else seen & call.valid
 
@@ -115,19 +90,16 @@ def _head_class(call: Call, geometry: Geometry, index: int) -> tuple[Tensor, Ten
     return out.to(q.dtype), lse
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Logits, softmax and sums run in float32 at least."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _dispatch(
     call: Call, geometry: Geometry, index: int, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if call.levels.mode == "strict" and index == 0:
         return _near_and_tail(call, geometry, q, k, v, Entries())
     if call.levels.mode == "strict":
-        q, k, v = (x.to(_compute_dtype(x)) for x in (q, k, v))
-        return _strict_regional(call, geometry, q, k, v, weight) if index == 1 else _strict_global(call, geometry, q, k, v)
+        q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))
+        return (
+            _strict_regional(call, geometry, q, k, v, weight) if index == 1 else _strict_global(call, geometry, q, k, v)
+        )
     if index == 0:
         entries = local_entries(call, geometry, k, v)
     elif index == 1:
@@ -199,24 +171,24 @@ def _near_and_tail(
     batch, heads, tokens, dim = q.shape
     radius = call.levels.radius
     block = 32 if radius <= 32 else 64 if radius <= 128 else 128
-    whole = _Rows(0, tokens, block, (tokens + block - 1) // block)
+    whole = Rows(0, tokens, block, (tokens + block - 1) // block)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _attend_rows(call, q, k, v, entries, _view(call, geometry, entries, whole))
-    width = _width(radius, call.is_causal, block) + _tail_width(entries)
+        return _attend_rows(call, q, k, v, entries, view_of(call, geometry, entries, whole))
+    width = window_width(radius, call.is_causal, block) + _tail_width(entries)
     if batch * heads * tokens * width <= STEP_LOGITS:
-        return _attend_rows(call, q, k, v, entries, _view(call, geometry, entries, whole))
+        return _attend_rows(call, q, k, v, entries, view_of(call, geometry, entries, whole))
     # tokens before heads in memory: what the output projection reads
     out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
-    lse = q.new_empty(batch, heads, tokens, dtype=_compute_dtype(q))
+    lse = q.new_empty(batch, heads, tokens, dtype=compute_dtype(q))
     groups = k.shape[1]
     per_group = heads // groups
     blocks = max(1, STEP_LOGITS // (per_group * block * width))
     for row in range(batch):
-        own = _row(geometry, row, batch)
+        own = _part(geometry, row, 0)
         parts = [_part(entries, row, group) for group in range(groups)]
         for start in range(0, tokens, blocks * block):
             stop = min(tokens, start + blocks * block)
-            view = _view(call, own, parts[0], _Rows(start, stop, block, (stop - start + block - 1) // block))
+            view = view_of(call, own, parts[0], Rows(start, stop, block, (stop - start + block - 1) // block))
             for group, part in enumerate(parts):
                 span = slice(group * per_group, (group + 1) * per_group)
                 own_k, own_v = (x[row : row + 1, group : group + 1] for x in (k, v))
@@ -226,76 +198,19 @@ def _near_and_tail(
     return out, lse
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _View:
-    """What a run of rows sees, the same for all heads of a class; (batch or 1, 1, blocks, 1, block, entries).
-
-    near_bias, tail_bias, region_bias: added to the logits. near_held, tail_held: 1 where the sums of the remainder hold
-    the token as well. pick: positions of the token tail, (batch, tail) shared or (batch, rows, p) per query. rest_count,
-    rest_bias: tokens of the remainder (at least 1) and log of their true number.
-    """
-
-    rows: _Rows
-    near_bias: Tensor
-    near_held: Tensor | None = None
-    pick: Tensor | None = None
-    tail_bias: Tensor | None = None
-    tail_held: Tensor | None = None
-    region_bias: Tensor | None = None
-    rest_count: Tensor | None = None
-    rest_bias: Tensor | None = None
-
-
-def _view(call: Call, geometry: Geometry, entries: Entries, rows: _Rows) -> _View:
-    dtype = _compute_dtype(call.query)
-    low, high = rows.of(geometry.low), rows.of(geometry.high)
-    near = _near_mask(geometry, rows, call.levels.radius, call.is_causal)
-    near_bias = torch.zeros_like(near, dtype=dtype).masked_fill(~near, -torch.inf)
-    tail = None if entries.tokens is None else _tail_view(entries.tokens, geometry, rows, low, high, call.is_causal)
-    view = _View(
-        rows=rows,
-        near_bias=near_bias,
-        pick=None if tail is None else tail.pick,
-        tail_bias=None if tail is None else tail.bias(dtype),
-        region_bias=None
-        if entries.regions is None
-        else _region_count(call, geometry, entries.regions, rows, low, high, tail).to(dtype).log(),
-    )
-    remainder = entries.remainder
-    if remainder is None:
-        return view
-    count = rows.of(remainder.count)
-    held = None
-    if remainder.holds_near:
-        count = count - (high - low)
-    if tail is not None:
-        held = tail.outside & (tail.rank >= rows.of(remainder.start))
-        count = count - held.sum(-1, keepdim=True)
-    # log(0) = -inf drops the entry, forward and backward
-    return replace(
-        view,
-        near_held=near.to(dtype) if remainder.holds_near else None,
-        tail_held=None if held is None else held.to(dtype),
-        rest_count=count.clamp(min=1).to(dtype),
-        rest_bias=count.clamp(min=0).to(dtype).log(),
-    )
-
-
-def _attend_rows(
-    call: Call, q: Tensor, k: Tensor, v: Tensor, entries: Entries, view: _View
-) -> tuple[Tensor, Tensor]:
+def _attend_rows(call: Call, q: Tensor, k: Tensor, v: Tensor, entries: Entries, view: View) -> tuple[Tensor, Tensor]:
     """Queries of the view's rows against everything they see; q, k and v are whole rows."""
     rows = view.rows
     batch, heads, _, dim = q.shape
     groups, length = k.shape[1], rows.stop - rows.start
-    queries = rows.vectors(q).to(_compute_dtype(q)) * call.scale
+    queries = rows.vectors(q).to(compute_dtype(q)) * call.scale
     queries = queries.view(batch, groups, heads // groups, rows.num_blocks, rows.block, dim).transpose(2, 3)
-    k_near, v_near = (_windows(x, rows, call.levels.radius, call.is_causal).to(queries.dtype) for x in (k, v))
+    k_near, v_near = (windows(x, rows, call.levels.radius, call.is_causal).to(queries.dtype) for x in (k, v))
     raw = _blockwise(queries, k_near.transpose(-1, -2))
     parts = [raw + view.near_bias]
-    tail = None if view.pick is None else _TailRead(view.pick, queries, k, v)
+    tail = None if view.tail is None else _TailRead(view.tail, queries, k, v)
     if tail is not None:
-        parts.append(tail.raw + view.tail_bias)
+        parts.append(tail.raw + tail.seen.bias)
     if entries.regions is not None:
         parts.append(_shared(queries, entries.regions.key.transpose(-1, -2)) + view.region_bias)
     if entries.remainder is not None:
@@ -305,7 +220,7 @@ def _attend_rows(
     rest = None if entries.remainder is None else shares.pop() / view.rest_count
     out = _blockwise(_less(shares.pop(0), rest, view.near_held), v_near)
     if tail is not None:
-        out = out + tail.read(_less(shares.pop(0), rest, view.tail_held))
+        out = out + tail.read(_less(shares.pop(0), rest, tail.seen.held))
     if entries.regions is not None:
         out = out + _shared(shares.pop(0), entries.regions.value)
     if entries.remainder is not None and rest is not None:
@@ -321,48 +236,13 @@ def _less(share: Tensor, rest: Tensor | None, held: Tensor | None) -> Tensor:
     return share if rest is None or held is None else torch.addcmul(share, rest, held, value=-1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _TailView:
-    """The token tail as a run of rows sees it: ranks, positions, and which are visible outside the near window."""
-
-    rank: Tensor
-    pick: Tensor
-    outside: Tensor
-    c: Tensor | None
-
-    def bias(self, dtype: torch.dtype) -> Tensor:
-        """c_j, -inf where the token is in the near window or not visible."""
-        c = torch.zeros((), dtype=dtype, device=self.rank.device) if self.c is None else self.c.to(dtype)
-        return torch.where(self.outside, c, -torch.inf)
-
-
-def _tail_view(
-    tail: TokenTail, geometry: Geometry, rows: _Rows, low: Tensor, high: Tensor, is_causal: bool
-) -> _TailView:
-    batch = tail.index.shape[0]
-    fields = [tail.rank, tail.segment, tail.valid] + ([] if tail.bias is None else [tail.bias])
-    if tail.set_of_token is None:
-        pick = tail.index
-        own = [x.view(batch, 1, 1, 1, 1, -1) for x in fields]
-    else:
-        chosen = rows.of(tail.set_of_token + 1).flatten(1).expand(batch, -1) - 1
-        place = chosen.clamp(min=0)[..., None].expand(-1, -1, tail.index.shape[2])
-        shape = (batch, 1, rows.num_blocks, 1, rows.block, -1)
-        pick = tail.index.gather(1, place)
-        own = [x.gather(1, place).view(shape) for x in fields]
-        own[2] = own[2] & (chosen >= 0).view(shape)
-    # causal: what is not before the window is in it or in the future (sinks)
-    beyond = own[0] < low if is_causal else (own[0] < low) | (own[0] >= high)
-    outside = own[2] & (own[1] == rows.of(geometry.segment)) & beyond
-    return _TailView(rank=own[0], pick=pick, outside=outside, c=own[3] if len(own) > 3 else None)
-
-
 class _TailRead:
     """Logits of the token tail and the weighted read of its values, for tokens shared by all queries or one's own."""
 
-    def __init__(self, pick: Tensor, queries: Tensor, k: Tensor, v: Tensor) -> None:
+    def __init__(self, seen: SeenTail, queries: Tensor, k: Tensor, v: Tensor) -> None:
         batch, groups, blocks, _, block, dim = queries.shape
-        self.per_query = pick.ndim == 3
+        pick = seen.pick
+        self.seen, self.per_query = seen, pick.ndim == 3
         index = pick.flatten(1)[:, None, :, None].expand(batch, groups, -1, dim)
         keys, self.value = (x.gather(2, index).to(queries.dtype) for x in (k, v))
         if not self.per_query:
@@ -380,46 +260,10 @@ class _TailRead:
         return (weight.transpose(3, 4) @ self.value).transpose(3, 4)
 
 
-def _near_mask(geometry: Geometry, rows: _Rows, radius: int, is_causal: bool) -> Tensor:
-    """(batch or 1, 1, blocks, 1, block, width): keys of the window that are in near(i); a query always sees itself."""
-    rank = geometry.rank if geometry.valid is None else torch.where(geometry.valid, geometry.rank, -1)
-    keys = _windows(rank[:, None, :, None], rows, radius, is_causal, fill=-1)
-    keys = keys.view(rank.shape[0], 1, rows.num_blocks, 1, 1, -1)
-    place = torch.arange(keys.shape[-1], device=rank.device)
-    own = place == torch.arange(rows.block, device=rank.device)[:, None] + radius
-    return ((keys >= rows.of(geometry.low)) & (keys < rows.of(geometry.high))) | own
-
-
-def _width(radius: int, is_causal: bool, block: int) -> int:
-    """Keys in a block's window, a multiple of the block."""
-    reach = radius if is_causal else 2 * radius
-    return block * (1 + (reach + block - 1) // block)
-
-
 def _tail_width(entries: Entries) -> int:
     tokens = 0 if entries.tokens is None else entries.tokens.index.shape[-1]
     regions = 0 if entries.regions is None else entries.regions.key.shape[2]
     return tokens + regions + 1
-
-
-def _windows(x: Tensor, rows: _Rows, radius: int, is_causal: bool, fill: float = 0) -> Tensor:
-    """Keys around every block of `rows`: (batch, heads, blocks, width, dim), `fill` outside the row.
-
-    Place t of block b is token `rows.start + b * block + t - radius`.
-    """
-    batch, heads, tokens, dim = x.shape
-    block, blocks = rows.block, rows.num_blocks
-    width = _width(radius, is_causal, block)
-    first, last = rows.start - radius, rows.start - radius + (blocks - 1) * block + width
-    left, right = max(-first, 0), torch.sym_max(last - tokens, 0)
-    part = x[:, :, max(first, 0) : torch.sym_min(last, tokens)]
-    padded = pad(part, (0, 0, left, right), value=fill)
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and batch * heads == 1:
-        # a view with overlapping rows, which bmm reads without a copy
-        return padded.unfold(2, width, block).transpose(-1, -2)
-    cut = padded.view(batch, heads, -1, block, dim)
-    pieces = [cut[:, :, step : step + blocks] for step in range(width // block)]
-    return torch.cat(pieces, 3)
 
 
 def _blockwise(x: Tensor, y: Tensor) -> Tensor:
@@ -440,89 +284,34 @@ def _shared(x: Tensor, y: Tensor) -> Tensor:
     return product.view(batch, groups, blocks, heads, block, y.shape[-1])
 
 
-def _region_count(
-    call: Call,
-    geometry: Geometry,
-    regions: RegionTail,
-    rows: _Rows,
-    low: Tensor,
-    high: Tensor,
-    tail: _TailView | None,
-) -> Tensor:
-    """Tokens of every region that are visible and in no other entry."""
-    slots = regions.slots
-    start, end, segment, full = (
-        x.view(x.shape[0], 1, 1, 1, 1, -1) for x in (slots.start, slots.end, slots.segment, slots.full)
-    )
-    count = (end - start) - (torch.minimum(end, high) - torch.maximum(start, low)).clamp(min=0)
-    if tail is not None:
-        inside = (tail.rank[..., None] >= start[..., None, :]) & (tail.rank[..., None] < end[..., None, :])
-        held = tail.outside.to(torch.float32)[..., None, :] @ inside.to(torch.float32)
-        count = count - held.squeeze(-2).long()
-    if call.segment is not None:
-        count = torch.where(segment == rows.of(geometry.segment), count, 0)
-    if call.is_causal:
-        count = torch.where(full & (end <= rows.of(geometry.rank) + 1), count, 0)
-    return count
-
-
-def _remainder_logit(
-    remainder: Remainder, view: _View, queries: Tensor, raw: Tensor, tail: _TailRead | None
-) -> Tensor:
+def _remainder_logit(remainder: Remainder, view: View, queries: Tensor, raw: Tensor, tail: _TailRead | None) -> Tensor:
     """Mean logit of the tokens of the remainder plus log count, -inf for none."""
     total = (queries * _sums(remainder.key_sum, view.rows)).sum(-1, keepdim=True)
     if view.near_held is not None:
         total = total - (raw * view.near_held).sum(-1, keepdim=True)
-    if tail is not None and view.tail_held is not None:
-        total = total - (tail.raw * view.tail_held).sum(-1, keepdim=True)
+    if tail is not None:
+        total = total - (tail.raw * tail.seen.held).sum(-1, keepdim=True)
     return total / view.rest_count + view.rest_bias
 
 
-def _sums(x: Tensor, rows: _Rows) -> Tensor:
+def _sums(x: Tensor, rows: Rows) -> Tensor:
     """Sums of the remainder for these rows, (batch, groups, blocks or 1, 1, block or 1, dim)."""
     return x[:, :, :, None, None] if x.shape[2] == 1 else rows.vectors(x)
 
 
-def _row(geometry: Geometry, row: int, batch: int) -> Geometry:
-    """The geometry of one row of the batch."""
-    if batch == 1 or geometry.rank.shape[0] == 1:
-        return geometry
-    names = ("rank", "low", "high", "first", "last", "order", "segment", "segment_first", "segment_count", "valid")
-    cut = {name: getattr(geometry, name) for name in names}
-    return replace(geometry, **{n: x if x is None else x[row : row + 1] for n, x in cut.items()})
+Part = TypeVar("Part", Geometry, Entries)
 
 
-def _part(entries: Entries, row: int, group: int) -> Entries:
-    """The entries of one row of the batch and one KV group."""
+def _part(whole: Part, row: int, group: int) -> Part:
+    """One row of the batch and, in (batch, kv_heads, tokens, dim) tensors, one KV group of it."""
 
-    def pick(x: Tensor) -> Tensor:
-        return x if x.shape[0] == 1 else x[row : row + 1]
+    def cut(x: Any) -> Any:
+        if is_dataclass(x) and not isinstance(x, type):
+            return replace(x, **{field.name: cut(getattr(x, field.name)) for field in fields(x) if field.init})
+        if not isinstance(x, Tensor):
+            return x
+        own = x if x.shape[0] == 1 else x[row : row + 1]
+        return own[:, group : group + 1] if x.ndim == 4 else own
 
-    def pick_group(x: Tensor) -> Tensor:
-        return pick(x)[:, group : group + 1]
-
-    tokens, regions, remainder = entries.tokens, entries.regions, entries.remainder
-    if tokens is not None:
-        tokens = TokenTail(
-            index=pick(tokens.index),
-            rank=pick(tokens.rank),
-            segment=pick(tokens.segment),
-            valid=pick(tokens.valid),
-            bias=None if tokens.bias is None else pick(tokens.bias),
-            set_of_token=None if tokens.set_of_token is None else pick(tokens.set_of_token),
-        )
-    if regions is not None:
-        slots = replace(
-            regions.slots,
-            **{n: pick(getattr(regions.slots, n)) for n in ("start", "end", "segment", "full", "of_token", "offset")},
-        )
-        regions = RegionTail(key=pick_group(regions.key), value=pick_group(regions.value), slots=slots)
-    if remainder is not None:
-        remainder = replace(
-            remainder,
-            key_sum=pick_group(remainder.key_sum),
-            value_sum=pick_group(remainder.value_sum),
-            count=pick(remainder.count),
-            start=pick(remainder.start),
-        )
-    return Entries(tokens=tokens, regions=regions, remainder=remainder)
+    part: Part = cut(whole)
+    return part
