@@ -92,8 +92,11 @@ class MultiLevelAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         if levels is not None:
             split = levels.ratio.split(num_heads, kv_heads)
-            self.pool_weight = nn.Parameter(torch.zeros(kv_heads, self.head_dim, device=device, dtype=dtype))
-            self.scorer = nn.Linear(embed_dim, 1, bias=False, device=device, dtype=dtype)
+            # only what a head reads: a parameter without a gradient breaks data-parallel training
+            pooled = torch.zeros(kv_heads, self.head_dim, device=device, dtype=dtype)
+            self.pool_weight = nn.Parameter(pooled) if split.regional or (levels.union and split.global_) else None
+            if split.global_:
+                self.scorer = nn.Linear(embed_dim, 1, bias=False, device=device, dtype=dtype)
             if levels.mode == "strict" and split.regional:
                 self.region_gate = nn.Linear(embed_dim, split.regional, bias=False, device=device, dtype=dtype)
                 nn.init.zeros_(self.region_gate.weight)
@@ -168,7 +171,7 @@ class MultiLevelAttention(nn.Module):
                 is_causal=self.is_causal,
             )
             return self._merged(attended)
-        needs_score = self.levels.ratio.global_ > 0
+        needs_score = hasattr(self, "scorer")
         score = self.scorer(x).squeeze(-1) if needs_score else None
         attended = multi_level_attention(
             q,
@@ -216,6 +219,8 @@ class MultiLevelAttention(nn.Module):
         prior: Tensor | None,
         forced: Tensor | None,
     ) -> Explanation:
+        if not hasattr(self, "scorer"):
+            raise ConfigError(f"explain=True explains global tokens; {levels.ratio} has no global heads.")
         if segment_ids is not None or self.is_causal:
             raise ConfigError("explain=True explains one bidirectional sequence a row; segment_ids must be None.")
         batch, tokens, _ = x.shape
