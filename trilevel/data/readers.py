@@ -60,7 +60,7 @@ def _is_code(block: list[str]) -> bool:
     """True for a block indented throughout in which no line ends as prose does."""
     if not all(line.startswith((" ", "\t")) for line in block):
         return False
-    return not block[-1].endswith((".", "!", "?", ":", ";", "。", "！", "？", ")")) or any(
+    return not block[-1].endswith((".", "!", "?", ":", ";", "。", "！", "？")) or any(
         line.strip().startswith((">>>", "$ ")) for line in block
     )
 
