@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from trilevel.bench import attention as attention_case
 from trilevel.bench.harness import Bar, Report
 from trilevel.cli.bench import app
+from trilevel.errors import ConfigError
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, value: float, **more: Any) -> None:
@@ -58,3 +59,21 @@ def test_smoke_of_the_whole_command() -> None:
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["bars"] == []
     assert {row["status"] for row in document["measurements"]} == {"measured"}
+
+
+@pytest.mark.parametrize("case", ["levels", "listops"])
+def test_smoke_of_the_small_cases(case: str) -> None:
+    result = CliRunner().invoke(app, [case, "--smoke", "--json"])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout.splitlines()[-1])
+    assert document["case"] == case
+    assert document["bars"] == []
+
+
+def test_listops_options_that_do_not_fit_are_refused() -> None:
+    unknown = CliRunner().invoke(app, ["listops", "--smoke", "--variant", "remote"])
+    assert isinstance(unknown.exception, ConfigError)
+    assert "choose from calibrated" in str(unknown.exception)
+    odd = CliRunner().invoke(app, ["listops", "--smoke", "--micro-batch", "3"])
+    assert isinstance(odd.exception, ConfigError)
+    assert "use a divisor" in str(odd.exception)

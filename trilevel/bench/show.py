@@ -62,6 +62,16 @@ def levels_table(report: Report) -> Table:
     return table
 
 
+def listops_table(report: Report) -> Table:
+    """Accuracy of each variant on ListOps beside the published ones."""
+    table = Table(title="ListOps, test accuracy in per cent", title_justify="left")
+    table.add_column("variant")
+    table.add_column("accuracy", justify="right")
+    for row in report.rows:
+        table.add_row(row["variant"], f"{row['accuracy_percent']:.1f}")
+    return table
+
+
 def bars_table(bars: list[Bar]) -> Table:
     """Every bar with its value."""
     table = Table(title="bars", title_justify="left")

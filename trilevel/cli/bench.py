@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from trilevel.bench.harness import Progress, Report
+    from trilevel.bench.listops import ListOpsCase
 
 BAR_MISSED = 1
 
@@ -76,6 +77,55 @@ def levels(
     if docs is not None:
         write_docs(report, docs)
     _finish(report, [levels_table(report)], as_json=as_json, out=out)
+
+
+@app.command()
+def listops(
+    as_json: Json = False,
+    smoke: Smoke = False,
+    out: Out = None,
+    variant: Annotated[list[str] | None, typer.Option(help="Variant, may be repeated; default: all four.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Samples at once, a divisor of 32.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None,
+) -> None:
+    """Long Range Arena ListOps under each variant, resumable. Wants a GPU (minutes); on a CPU it takes days."""
+    import tempfile
+
+    from trilevel.bench.listops import has_gpu, run
+    from trilevel.bench.show import listops_table
+
+    if not smoke and not has_gpu():
+        typer.echo("no GPU found: ListOps trains on the CPU, which takes days; Ctrl-C keeps a checkpoint.", err=True)
+    with tempfile.TemporaryDirectory() as folder:
+        report = run(_listops_case(smoke, Path(folder), variant, micro_batch, steps))
+    _finish(report, [listops_table(report)], as_json=as_json, out=out)
+
+
+def _listops_case(
+    smoke: bool, folder: Path, variants: list[str] | None, micro_batch: int | None, steps: int | None
+) -> ListOpsCase:
+    import dataclasses
+
+    from trilevel.bench.listops import ListOpsCase, variant_levels
+    from trilevel.errors import ConfigError
+
+    case = ListOpsCase.smoke(folder) if smoke else ListOpsCase()
+    if unknown := set(variants or ()) - set(variant_levels()):
+        raise ConfigError(
+            f"--variant {', '.join(sorted(unknown))} is unknown; choose from {', '.join(variant_levels())}."
+        )
+    if micro_batch is not None and case.micro_batch % micro_batch:
+        raise ConfigError(
+            f"--micro-batch {micro_batch} does not divide the batch of {case.micro_batch}; use a divisor."
+        )
+    size = case.micro_batch if micro_batch is None else micro_batch
+    return dataclasses.replace(
+        case,
+        variants=tuple(variants or case.variants),
+        micro_batch=size,
+        accumulate=case.micro_batch // size,
+        steps=steps or case.steps,
+    )
 
 
 @contextmanager
