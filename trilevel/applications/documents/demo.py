@@ -135,7 +135,8 @@ def _finished(result: _Result, report: Path) -> Demo:
         machine=machine_block(),
     )
     write_report(report, content)
-    sentences = [result.units[index].text for index in result.chosen]
+    # an item of a list stands for itself here
+    sentences = [result.units[index].text.removeprefix("- ") for index in result.chosen]
     return Demo(title=content.title, sentences=sentences, contenders=contenders, notes=notes, figures=figures)
 
 

@@ -171,19 +171,18 @@ def _run(job: Job) -> Iterator[dict[str, Any]]:
 
     torch.set_num_threads(job.threads)
     encoded = _load_encoded(job.document).cut(job.max_tokens)
-    with torch.inference_mode():
-        model = load_variant(job.model, job.attention)
-        prepare(model, encoded.cut(SHORT_TOKENS), job.attention)()
-        run = prepare(model, encoded, job.attention)
-        reset_peak()
-        yield {"event": "ready", "tokens": encoded.num_tokens}
-        seconds: list[float] = []
-        scores = None
-        while job.attention != "empty" and _wants_more(seconds):
-            start = time.perf_counter()
-            scores = run()
-            seconds.append(time.perf_counter() - start)
-            yield {"event": "pass", "seconds": seconds[-1]}
+    model = load_variant(job.model, job.attention)
+    prepare(model, encoded.cut(SHORT_TOKENS), job.attention)()
+    run = prepare(model, encoded, job.attention)
+    reset_peak()
+    yield {"event": "ready", "tokens": encoded.num_tokens}
+    seconds: list[float] = []
+    scores = None
+    while job.attention != "empty" and _wants_more(seconds):
+        start = time.perf_counter()
+        scores = run()
+        seconds.append(time.perf_counter() - start)
+        yield {"event": "pass", "seconds": seconds[-1]}
     yield {
         "event": "done",
         "seconds": seconds[1:] or seconds,

@@ -43,9 +43,7 @@ def look(
     is_drawn: bool = True,
 ) -> Look:
     """Run the model once on a document and say what its levels looked at; `is_drawn` makes the level maps."""
-    import torch
-
-    with torch.inference_mode(), record_layers(model.encoder) as tokens, record_layers(model.units) as sentences:
+    with record_layers(model.encoder) as tokens, record_layers(model.units) as sentences:
         scores = prepare(model, encoded, "trilevel")()
     maps: list[LevelMap] = []
     for recorded, name, element in ((tokens, "Tokens", "token"), (sentences, "Sentences", "sentence")):

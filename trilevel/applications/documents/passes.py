@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import cast
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from trilevel.applications.documents.checkpoint import load_run
@@ -35,6 +36,7 @@ def prepare(model: DocumentModel, encoded: Encoded, attention: Attention) -> Cal
     fraction = focus.fraction if attention == "focus" and focus is not None else None
     batch = without_padding(collate([encoded]))
 
+    @torch.inference_mode()
     def run() -> np.ndarray:
         scores = cast("Tensor", model(batch, focus_fraction=fraction))
         return scores[0].float().numpy()
