@@ -76,7 +76,7 @@ def test_equal_to_a_baseline_is_not_above_it() -> None:
 def test_a_system_that_was_not_run_fails_its_bars() -> None:
     bars = evaluation.report({"trilevel": outcome(5.0), "lead": outcome(1.0)})["bars"]
     assert [bar["holds"] for bar in bars] == [False, False, False, True, False, False]
-    assert bars[0]["note"] == "dense was not run"
+    assert bars[0]["value"] is None
 
 
 def test_agreement() -> None:
@@ -101,3 +101,13 @@ def test_the_real_documents_give_the_known_lead(tech_path: Path) -> None:
 def test_case_gives_texts(cases: list[Case]) -> None:
     assert cases[0].sentences([0]) == ["Levels of attention"]
     assert replace(cases[0]).units == cases[0].units
+
+
+def test_ratios_have_intervals_around_them() -> None:
+    outcomes = {name: outcome(value) for name, value in (("trilevel", 6.0), ("dense", 5.0))}
+    noisy = Outcome(scores=np.random.default_rng(1).uniform(3, 9, (37, 3)), words=np.full(37, 5), chosen=[[1]] * 37)
+    ratios = evaluation.report({**outcomes, "lead": noisy})["ratios"]
+    assert [ratio["over"] for ratio in ratios] == ["dense", "lead"]
+    assert ratios[0]["rouge1"] == pytest.approx(1.2)
+    low, high = ratios[1]["rouge2_interval"]
+    assert low < ratios[1]["rouge2"] < high

@@ -24,7 +24,7 @@ from trilevel.applications.documents.units import (
     split_units,
 )
 from trilevel.data.documents import Document
-from trilevel.errors import InputError
+from trilevel.errors import InputError, require
 
 MAX_TOKENS = 65_536
 MAX_UNIT_TOKENS = 128
@@ -186,8 +186,7 @@ def encode_corpus(documents: Sequence[Document], tokenizer: DocumentTokenizer) -
             digest.update(hashlib.sha256(part.encode()).digest())
     path = cache_dir() / f"documents-{digest.hexdigest()[:24]}.npz"
     if not path.exists():
-        from rich.progress import track
-
+        track = require("rich.progress", extra="train").track
         encoded = [
             encode(split_units(document), tokenizer, abstract=document.abstract)
             for document in track(documents, description="tokens and oracle labels", transient=True)
