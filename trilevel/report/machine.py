@@ -15,7 +15,7 @@ _ISA_FLAGS = (
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16",
     "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve",
 )  # fmt: skip
-_PACKAGES = ("numpy", "tokenizers", "transformers", "sumy", "rouge-score")
+_PACKAGES = ("torch", "numpy", "tokenizers", "transformers", "sumy", "rouge-score")
 
 
 def machine_block() -> dict[str, Any]:
@@ -34,7 +34,7 @@ def machine_block() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **_versions()},
         "commit": _commit(),
     }
 
