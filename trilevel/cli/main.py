@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 import trilevel
+from trilevel.cli import bench, demo, evaluate, info, summarize, train
 from trilevel.cli.exits import INTERRUPTED, USAGE_ERROR
 from trilevel.errors import TrilevelError
 
@@ -65,11 +64,9 @@ def _root(
     """
 
 
-for _name in COMMANDS:
-    if importlib.util.find_spec(f"trilevel.cli.{_name}") is None:
-        continue
-    _module = importlib.import_module(f"trilevel.cli.{_name}")
-    if isinstance(getattr(_module, "app", None), typer.Typer):
-        app.add_typer(_module.app, name=_name)
-    else:
-        app.command(_name)(getattr(_module, _name))
+app.command("demo")(demo.demo)
+app.command("summarize")(summarize.summarize)
+app.add_typer(train.app, name="train")
+app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(bench.app, name="bench")
+app.command("info")(info.info)
