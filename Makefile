@@ -45,7 +45,7 @@ $(VENV)/.all: $(VENV)/.torch
 	@touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo  ## summarise a 10,000-word document, dense against trilevel (DOC=path for your own)
-	@$(BIN)/trilevel demo $(if $(DOC),"$(DOC)")
+	@$(BIN)/trilevel demo $(if $(DOC),--doc "$(DOC)")
 
 test: lint types  ## lint, types and the default tests
 	@$(BIN)/pytest -n auto
