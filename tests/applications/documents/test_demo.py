@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -136,6 +142,44 @@ def test_bad_input_ends_with_exit_code_2(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_with_processes_of_their_own(model: Path, tmp_path: Path) -> None:
-    found = run_demo(document(400), out_dir=tmp_path, model=model)
+    found = run_demo(document(150), out_dir=tmp_path, model=model)
     assert found.figures["memory_ratio"] < 1
     assert all(row.seconds and row.peak_memory_bytes for row in found.contenders)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_command_and_its_processes(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "given.txt"
+    path.write_text(document(500).text, encoding="utf-8")
+    command = [
+        sys.executable,
+        "-m",
+        "trilevel",
+        "demo",
+        "--doc",
+        str(path),
+        "--out",
+        str(tmp_path),
+        "--model",
+        str(model),
+    ]
+    # a group of its own, so that the signal reaches the command and its children as a terminal's does
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (children := _children(process.pid)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert children
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    assert b"interrupted" in errors
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    assert not (tmp_path / "report.html").exists()
+
+
+def _children(process: int) -> list[int]:
+    try:
+        return [child.pid for child in psutil.Process(process).children()]
+    except psutil.NoSuchProcess:
+        return []
