@@ -8,7 +8,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from trilevel.attention.api import Impl, dense_attention, multi_level_attention
+from trilevel.attention.api import Impl, dense_attention, dense_call, multi_level_attention
+from trilevel.attention.cache import DecodeCache
 from trilevel.attention.geometry import make_geometry, make_slots
 from trilevel.attention.levels import HeadSplit, Levels
 from trilevel.attention.rope import rotary
@@ -163,12 +164,15 @@ class MultiLevelAttention(nn.Module):
             if explain:
                 raise ConfigError("explain=True needs levels; this layer is dense (levels=None).")
             attended = dense_attention(
-                q,
-                k,
-                v,
-                valid=None if padding_mask is None else ~padding_mask,
-                segment=segment_ids,
-                is_causal=self.is_causal,
+                dense_call(
+                    q,
+                    k,
+                    v,
+                    padding_mask=padding_mask,
+                    segment_ids=segment_ids,
+                    num_segments=num_segments,
+                    is_causal=self.is_causal,
+                )
             )
             return self._merged(attended)
         needs_score = hasattr(self, "scorer")
@@ -193,6 +197,73 @@ class MultiLevelAttention(nn.Module):
         if not explain:
             return out
         return out, self._explanation(self.levels, x, padding_mask, segment_ids, global_prior, global_forced)
+
+    def new_cache(self, batch: int) -> DecodeCache:
+        """An empty cache for `prefill` and `step`, of the parameters' type and device.
+
+        Raises:
+            ConfigError: the layer is dense or not causal, or its levels cannot be decoded token by token.
+        """
+        if self.levels is None or not self.is_causal:
+            raise ConfigError(
+                f"a decode cache needs a causal layer with levels, got is_causal={self.is_causal} and "
+                f"levels={self.levels}. Make the layer with is_causal=True and levels."
+            )
+        weight = self.in_proj.weight
+        return DecodeCache(
+            self.levels,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            batch=batch,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    @torch.no_grad()
+    def prefill(self, x: Tensor, cache: DecodeCache, *, global_prior: Tensor | None = None) -> Tensor:
+        """Attend over a prompt and remember it in an empty cache; no gradient.
+
+        x (batch, tokens, embed_dim), global_prior (batch, tokens), every row as long as the others. Returns what
+        `forward` does.
+        """
+        levels = self._decoded_levels(x, cache)
+        q, k, v = self.project(x)
+        score = self._decode_score(x, global_prior)
+        cache.prefill(k, v, score=score, pool_weight=self.pool_weight)
+        attended = multi_level_attention(
+            q, k, v, levels=levels, pool_weight=self.pool_weight, global_score=score, is_causal=True, impl=self.impl
+        )
+        return self._merged(attended)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, cache: DecodeCache, *, global_prior: Tensor | None = None) -> Tensor:
+        """Attend with the next token and remember it: row `cache.num_tokens` of `forward`; no gradient.
+
+        x (batch, 1, embed_dim), global_prior (batch, 1). Returns (batch, 1, embed_dim).
+        """
+        self._decoded_levels(x, cache)
+        q, k, v = self.project(x, torch.tensor([[cache.num_tokens]], device=x.device))
+        score = self._decode_score(x, global_prior)
+        return self._merged(cache.step(q, k, v, score=score, pool_weight=self.pool_weight))
+
+    def _decoded_levels(self, x: Tensor, cache: DecodeCache) -> Levels:
+        if x.ndim != 3 or x.shape[2] != self.embed_dim:
+            raise ShapeError(f"x must be (batch, tokens, {self.embed_dim}), got {tuple(x.shape)}.")
+        if self.levels is None or not self.is_causal or self.levels != cache.levels:
+            raise ConfigError("the cache was made for other levels; make it with new_cache of this layer.")
+        return self.levels
+
+    def _decode_score(self, x: Tensor, prior: Tensor | None) -> Tensor | None:
+        """Learned score plus prior, (batch, tokens); None without global heads."""
+        if not hasattr(self, "scorer"):
+            return None
+        score: Tensor = self.scorer(x).squeeze(-1)
+        if prior is None:
+            return score
+        if prior.shape != score.shape:
+            raise ShapeError(f"global_prior must have shape {tuple(score.shape)}, got {tuple(prior.shape)}.")
+        return score + prior
 
     def project(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (rotated) and values: (batch, heads or kv_heads, tokens, head_dim)."""
