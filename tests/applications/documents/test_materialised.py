@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from trilevel.applications.documents.materialised import (
     materialise,
     materialised_bytes,
 )
+from trilevel.applications.documents.memory import peak_bytes, reset_peak
 from trilevel.attention.layer import MultiLevelAttention
 from trilevel.attention.levels import Levels
 from trilevel.errors import ConfigError
@@ -54,3 +57,18 @@ def test_the_longest_length_fits_and_one_more_does_not() -> None:
     memory = 123_456_789
     tokens = longest_that_fits(7, memory)
     assert materialised_bytes(7, tokens) <= memory < materialised_bytes(7, tokens + 1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_peak_is_what_was_computed() -> None:
+    layer, tokens = MaterialisedAttention(MultiLevelAttention(28, 7, levels=None)), 1307
+    x = torch.randn(1, tokens, 28)
+    with torch.inference_mode():
+        layer(x[:, :5])
+        reset_peak()
+        before = peak_bytes()
+        layer(x)
+        after = peak_bytes()
+    assert before is not None
+    assert after is not None
+    assert after - before == pytest.approx(materialised_bytes(7, tokens), rel=0.05)
