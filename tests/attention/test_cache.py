@@ -221,6 +221,19 @@ def test_rows_do_not_see_each_other() -> None:
     assert torch.equal(decode(one, given, cache_for(one))[1:], decode(one, other, cache_for(one))[1:])
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value", "global_score"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("prompt", [0, 19])
+def test_rows_that_see_a_non_finite_token_are_nan(name: str, bad: float, prompt: int) -> None:
+    one = CASES[0]
+    given = inputs(one)
+    given[name][(1, 17) if name == "global_score" else (1, 2, 17, 3)] = bad
+    out = decode(one, given, cache_for(one), prompt)
+    wanted = multi_level_attention(**given, impl="blocked")[:, :, prompt:]
+    assert torch.equal(out.isnan(), wanted.isnan())
+    torch.testing.assert_close(out, wanted, rtol=1e-11, atol=1e-11, equal_nan=True)
+
+
 def test_no_gradient_is_kept() -> None:
     one = CASES[0]
     given = inputs(one)

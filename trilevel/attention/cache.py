@@ -30,6 +30,8 @@ class DecodeCache:
     `p` tokens of all complete selection chunks, the open chunk and the sum of what left the window. Memory is
     O(w + m + p + chunk) a KV head, where m = tokens / region_size is the only part that grows; a step costs as much.
 
+    Rows that have seen a non-finite key, value or score are NaN from there on, as in the whole call.
+
     For inference: nothing here has a gradient. Every row of the batch has the same length: no padding, one segment.
 
     Args:
@@ -74,6 +76,8 @@ class DecodeCache:
             device=torch.device(device),
             radius=levels.radius,
         )
+        # rows that have seen a non-finite token
+        self._spoiled = torch.zeros(batch, dtype=torch.bool, device=device)
         self._num_forced = torch.zeros(batch, dtype=torch.long, device=device)
         self._window = Window(self._room)
         self._states: list[tuple[slice, LevelState]] = []
@@ -130,7 +134,10 @@ class DecodeCache:
             state.push(arrival.of_heads(heads))
             parts = [Part(near.pair[:, :, heads]), *state.parts(self.num_tokens)]
             outputs.append(_attend(scaled[:, heads], parts))
-        return torch.cat(outputs, 1).reshape(query.shape).to(query.dtype)
+        out = torch.cat(outputs, 1).reshape(query.shape).to(query.dtype)
+        # an infinite key can get the weight 0: rows that see one are NaN as in the whole call
+        spoiled = self._spoiled | ~query.isfinite().all(dim=(1, 2, 3))
+        return torch.where(spoiled[:, None, None, None], torch.nan, out)
 
     @torch.no_grad()
     def prefill(
@@ -192,8 +199,12 @@ class DecodeCache:
         if forced is not None:
             self._force(forced, shape)
             strength = torch.where(forced, torch.inf, strength)
+        pair = torch.stack([key, value])
+        self._spoiled = self._spoiled | ~pair.isfinite().all(dim=(0, 2, 3, 4))
+        if score is not None:
+            self._spoiled = self._spoiled | ~score.isfinite().all(1)
         return Arrival(
-            pair=torch.stack([key, value]),
+            pair=pair,
             leaving=None,
             pool_logit=pool_logit,
             strength=strength,
