@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from trilevel.attention import op
 from trilevel.attention.call import Call
+from trilevel.attention.finite import finite_only, sees_any
+from trilevel.attention.geometry import make_geometry
 from trilevel.attention.impl import blocked, reference
 from trilevel.attention.levels import HeadSplit, LevelRatio, Levels
 from trilevel.errors import ConfigError, ImplementationError, ShapeError
@@ -132,7 +135,7 @@ def multi_level_attention(
     >>> multi_level_attention(q, k, v, levels=Levels(window=3, region_size=4, num_global_tokens=2)).shape
     torch.Size([1, 4, 10, 8])
     """
-    call = _validated(
+    call = validated(
         query, key, value, levels, pool_weight, global_score, global_prior, global_forced, region_gate, padding_mask,
         segment_ids, num_segments, is_causal, scale, return_lse,
     )  # fmt: skip
@@ -140,9 +143,12 @@ def multi_level_attention(
         raise ImplementationError(f"impl={impl!r} is unknown; use 'auto' or one of {sorted(IMPLEMENTATIONS)}.")
     if _runs_dense(call):
         if impl == "auto" and not return_lse:
-            return _dense(call)
+            return dense_attention(call)
         call = _as_dense(call)
-    out, lse = IMPLEMENTATIONS["blocked" if impl == "auto" else impl](call)
+    run = IMPLEMENTATIONS["blocked" if impl == "auto" else impl]
+    if run is blocked.attend and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        run = op.attend
+    out, lse = run(call)
     return out if lse is None or not return_lse else (out, lse)
 
 
@@ -177,48 +183,67 @@ def _as_dense(call: Call) -> Call:
     return replace(call, levels=levels, split=HeadSplit(call.query.shape[1], 0, 0), score=None, region_gate=None)
 
 
-def _dense(call: Call) -> Tensor:
-    """Dense attention by torch, with masks only where something is masked."""
-    return dense_attention(
-        call.query, call.key, call.value, valid=call.valid, segment=call.segment, is_causal=call.is_causal,
-        scale=call.scale,
-    )  # fmt: skip
+def dense_attention(call: Call) -> Tensor:
+    """Dense attention of a call by torch, with masks only where something is masked; levels and scores are ignored."""
+    if call.valid is None and call.segment is None and not call.is_causal:
+        return _sdpa(call, None)
+    tokens = call.query.shape[2]
+    call, bad, bad_query = finite_only(replace(call, score=None, region_gate=None))
+    mask = None if call.valid is None else call.valid[:, None, None, :]
+    if call.segment is not None:
+        same = call.segment[:, None, :, None] == call.segment[:, None, None, :]
+        mask = same if mask is None else same & mask
+    if mask is not None and call.is_causal:
+        mask = mask & torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
+    if mask is not None and (call.is_causal or call.segment is not None):
+        # a padding query sees itself alone, so that no row is empty
+        mask = mask | torch.eye(tokens, dtype=torch.bool, device=mask.device)
+    out = _sdpa(call, mask)
+    geometry = make_geometry(
+        tokens,
+        radius=0,
+        valid=call.valid,
+        segment=call.segment,
+        num_segments=call.num_segments,
+        is_causal=call.is_causal,
+        device=out.device,
+    )
+    seen = sees_any(bad, geometry, is_causal=call.is_causal) | bad_query
+    out = torch.where(seen[:, None, :, None], torch.nan, out)
+    return out if call.valid is None else torch.where(call.valid[:, None, :, None], out, 0)
 
 
-def dense_attention(
+def dense_call(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
-    valid: Tensor | None,
-    segment: Tensor | None,
-    is_causal: bool,
-    scale: float | None = None,
-) -> Tensor:
-    """`scaled_dot_product_attention` under our masks; shapes as in `multi_level_attention`, valid = not padding."""
-    mask = None
-    if valid is not None:
-        # padding may hold anything, it must not reach a product
-        query, key, value = (torch.where(valid[:, None, :, None], x, 0) for x in (query, key, value))
-        mask = valid[:, None, None, :]
-    if segment is not None:
-        same = segment[:, None, :, None] == segment[:, None, None, :]
-        mask = same if mask is None else same & mask
-    if mask is not None:
-        tokens = query.shape[2]
-        if is_causal:
-            mask = mask & torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
-        if mask.shape[2] != 1:
-            # a padding query sees itself alone, so that no row is empty
-            mask = mask | torch.eye(tokens, dtype=torch.bool, device=query.device)
-    out = scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=is_causal and mask is None, scale=scale,
-        enable_gqa=key.shape[1] != query.shape[1],
+    padding_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    num_segments: int | None = None,
+    is_causal: bool = False,
+) -> Call:
+    """A validated call for `dense_attention`; arguments as in `multi_level_attention`."""
+    local = Levels(ratio=LevelRatio(1, 0, 0))
+    return validated(
+        query, key, value, local, None, None, None, None, None, padding_mask, segment_ids, num_segments, is_causal,
+        None, False,
     )  # fmt: skip
-    return out if valid is None else torch.where(valid[:, None, :, None], out, 0)
 
 
-def _validated(
+def _sdpa(call: Call, mask: Tensor | None) -> Tensor:
+    return scaled_dot_product_attention(
+        call.query,
+        call.key,
+        call.value,
+        attn_mask=mask,
+        is_causal=call.is_causal and mask is None,
+        scale=call.scale,
+        enable_gqa=call.key.shape[1] != call.query.shape[1],
+    )
+
+
+def validated(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -235,6 +260,7 @@ def _validated(
     scale: float | None,
     return_lse: bool,
 ) -> Call:
+    """The arguments of `multi_level_attention` as a call, or the error that says what is wrong with them."""
     _check_qkv(query, key, value)
     if is_causal and levels.mode == "strict":
         raise ConfigError("mode='strict' is bidirectional, got is_causal=True. Use Levels(mode='calibrated').")

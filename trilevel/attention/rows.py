@@ -18,23 +18,38 @@ from trilevel.attention.geometry import Geometry
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A run of query rows in blocks; per-row tensors are (batch or 1, 1, blocks, 1, block, 1)."""
+    """A run of query rows in blocks; per-row tensors are (batch or 1, 1, blocks, 1, block, 1).
+
+    `whole`: the run is the row. A traced length is then never compared with another, so that one graph serves all.
+    """
 
     start: int
     stop: int
     block: int
     num_blocks: int
+    whole: bool
+
+    @staticmethod
+    def all(tokens: int, block: int) -> Rows:
+        """The whole row."""
+        return Rows(0, tokens, block, (tokens + block - 1) // block, whole=True)
+
+    @staticmethod
+    def part(start: int, stop: int, block: int) -> Rows:
+        """Rows `start` to `stop`."""
+        return Rows(start, stop, block, (stop - start + block - 1) // block, whole=False)
 
     def of(self, x: Tensor) -> Tensor:
         """Cut (batch or 1, tokens) to these rows, padded with 0."""
-        rows = pad(x[:, self.start : self.stop], (0, self.num_blocks * self.block - (self.stop - self.start)))
+        own = x if self.whole else x[:, self.start : self.stop]
+        rows = pad(own, (0, self.num_blocks * self.block - (self.stop - self.start)))
         return rows.view(x.shape[0], 1, self.num_blocks, 1, self.block, 1)
 
     def vectors(self, x: Tensor) -> Tensor:
         """Cut (batch, heads, tokens, dim) to (batch, heads, blocks, 1, block, dim), padded with 0."""
         batch, heads, _, dim = x.shape
         spare = self.num_blocks * self.block - (self.stop - self.start)
-        rows = pad(x[:, :, self.start : self.stop], (0, 0, 0, spare))
+        rows = pad(x if self.whole else x[:, :, self.start : self.stop], (0, 0, 0, spare))
         return rows.reshape(batch, heads, self.num_blocks, 1, self.block, dim)
 
 
@@ -141,7 +156,7 @@ def _near_mask(geometry: Geometry, rows: Rows, radius: int, is_causal: bool) -> 
     """(batch or 1, 1, blocks, 1, block, width): keys of the window that are in near(i); a query always sees itself."""
     rank = geometry.rank if geometry.valid is None else torch.where(geometry.valid, geometry.rank, -1)
     keys = windows(rank[:, None, :, None], rows, radius, is_causal, fill=-1)
-    keys = keys.view(rank.shape[0], 1, rows.num_blocks, 1, 1, -1)
+    keys = keys.view(rank.shape[0], 1, rows.num_blocks, 1, 1, window_width(radius, is_causal, rows.block))
     place = torch.arange(keys.shape[-1], device=rank.device)
     own = place == torch.arange(rows.block, device=rank.device)[:, None] + radius
     return ((keys >= rows.of(geometry.low)) & (keys < rows.of(geometry.high))) | own
@@ -162,13 +177,16 @@ def windows(x: Tensor, rows: Rows, radius: int, is_causal: bool, fill: float = 0
     block, blocks = rows.block, rows.num_blocks
     width = window_width(radius, is_causal, block)
     first, last = rows.start - radius, rows.start - radius + (blocks - 1) * block + width
-    left, right = max(-first, 0), torch.sym_max(last - tokens, 0)
-    part = x[:, :, max(first, 0) : torch.sym_min(last, tokens)]
-    padded = pad(part, (0, 0, left, right), value=fill)
+    if rows.whole:
+        # the last window always reaches the end of the row
+        padded = pad(x, (0, 0, radius, last - tokens), value=fill)
+    else:
+        part = x[:, :, max(first, 0) : min(last, tokens)]
+        padded = pad(part, (0, 0, max(-first, 0), max(last - tokens, 0)), value=fill)
     if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and batch * heads == 1:
         # a view with overlapping rows, which bmm reads without a copy
         return padded.unfold(2, width, block).transpose(-1, -2)
-    cut = padded.view(batch, heads, -1, block, dim)
+    cut = padded.view(batch, heads, blocks + width // block - 1, block, dim)
     pieces = [cut[:, :, step : step + blocks] for step in range(width // block)]
     return torch.cat(pieces, 3)
 

@@ -24,6 +24,7 @@ from trilevel.attention.entries import (
     regional_entries,
     tail_bias,
 )
+from trilevel.attention.finite import finite_only, sees_any
 from trilevel.attention.geometry import Geometry, make_geometry, slot_view
 from trilevel.attention.rows import Rows, SeenTail, View, compute_dtype, view_of, window_width, windows
 
@@ -59,22 +60,10 @@ def attend(call: Call) -> tuple[Tensor, Tensor | None]:
 
 def _hide_nonfinite(call: Call, geometry: Geometry) -> tuple[Call, Tensor | None]:
     """Zero what no query may see, and say which rows see a non-finite token (None where all rows see all tokens)."""
-    q, k, v = call.query, call.key, call.value
-    if call.valid is not None:
-        real = call.valid[:, None, :, None]
-        q, k, v = (torch.where(real, x, 0) for x in (q, k, v))
-    if not call.is_causal and call.segment is None:
-        return replace(call, query=q, key=k, value=v), None
-    finite_q = q.isfinite().all(-1).all(1)
-    finite = k.isfinite().all(-1).all(1) & v.isfinite().all(-1).all(1)
-    count = (~finite).long().cumsum(1)
-    group = geometry.segment.expand_as(count)
-    per_segment = torch.zeros_like(count[:, :1]).expand(-1, call.num_segments).scatter_add(1, group, (~finite).long())
-    before = (per_segment.cumsum(1) - per_segment).gather(1, group)
-    seen = (count - before if call.is_causal else per_segment.gather(1, group)) > 0
-    keep, keep_q = finite[:, None, :, None], finite_q[:, None, :, None]
-    clean = replace(call, query=torch.where(keep_q, q, 0), key=torch.where(keep, k, 0), value=torch.where(keep, v, 0))
-    seen = seen | ~finite_q
+    if call.valid is None and not call.is_causal and call.segment is None:
+        return call, None
+    clean, bad, bad_query = finite_only(call)
+    seen = sees_any(bad, geometry, is_causal=call.is_causal) | bad_query
     return clean, seen if call.valid is None else seen & call.valid
 
 
@@ -171,7 +160,7 @@ def _near_and_tail(
     batch, heads, tokens, dim = q.shape
     radius = call.levels.radius
     block = 32 if radius <= 32 else 64 if radius <= 128 else 128
-    whole = Rows(0, tokens, block, (tokens + block - 1) // block)
+    whole = Rows.all(tokens, block)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _attend_rows(call, q, k, v, entries, view_of(call, geometry, entries, whole))
     width = window_width(radius, call.is_causal, block) + _tail_width(entries)
@@ -188,7 +177,7 @@ def _near_and_tail(
         parts = [_part(entries, row, group) for group in range(groups)]
         for start in range(0, tokens, blocks * block):
             stop = min(tokens, start + blocks * block)
-            view = view_of(call, own, parts[0], Rows(start, stop, block, (stop - start + block - 1) // block))
+            view = view_of(call, own, parts[0], Rows.part(start, stop, block))
             for group, part in enumerate(parts):
                 span = slice(group * per_group, (group + 1) * per_group)
                 own_k, own_v = (x[row : row + 1, group : group + 1] for x in (k, v))
@@ -225,10 +214,18 @@ def _attend_rows(call: Call, q: Tensor, k: Tensor, v: Tensor, entries: Entries, 
         out = out + _shared(shares.pop(0), entries.regions.value)
     if entries.remainder is not None and rest is not None:
         out = torch.addcmul(out, rest, _sums(entries.remainder.value_sum, rows))
-    out = out.transpose(2, 3).reshape(batch, heads, -1, dim)[:, :, :length]
+    out = _first(out.transpose(2, 3).reshape(batch, heads, rows.num_blocks * rows.block, dim), length)
     if not call.needs_lse:
         return out, out.new_zeros(())
-    return out, logits.logsumexp(-1).transpose(2, 3).reshape(batch, heads, -1)[:, :, :length]
+    return out, _first(logits.logsumexp(-1).transpose(2, 3).reshape(batch, heads, -1), length)
+
+
+def _first(x: Tensor, length: int) -> Tensor:
+    """Drop the rows that fill the last block."""
+    if torch.compiler.is_compiling():
+        # a traced slice is asked whether it is contiguous, which would tie the graph to lengths that fill no block
+        return x.index_select(2, torch.arange(length, device=x.device))
+    return x[:, :, :length]
 
 
 def _less(share: Tensor, rest: Tensor | None, held: Tensor | None) -> Tensor:
