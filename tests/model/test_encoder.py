@@ -189,7 +189,8 @@ def test_forced_tokens_and_priors_reach_the_attention() -> None:
         assert {19, 23} <= set(explanation.global_index[0].tolist())
 
 
-@pytest.mark.parametrize("levels", [None, LEVELS])
+# the layer's own test exports the levels in the default run
+@pytest.mark.parametrize("levels", [None, pytest.param(LEVELS, marks=pytest.mark.slow)])
 def test_export_is_dynamic_in_the_length(levels: LayerLevels) -> None:
     model = encoder(levels).eval()
     length = torch.export.Dim("length", min=32, max=4_096)

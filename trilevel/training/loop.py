@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import random
 import time
@@ -143,7 +144,7 @@ class _Run:
         self.out_dir, self.checkpoint = out_dir, out_dir / CHECKPOINT_FOLDER
         self.module, self.model_config = model, model_config
         self.fabric = _make_fabric(config)
-        self.fabric.launch()
+        _launch(self.fabric)
         _seed_everything(config.seed + self.fabric.global_rank)
         model.train()
         self.optimizer = make_optimizer(model, config)
@@ -277,6 +278,15 @@ def _make_fabric(config: TrainConfig) -> Any:
     return fabric.Fabric(
         accelerator=config.accelerator, devices=config.devices, strategy=strategy, precision=config.precision
     )
+
+
+def _launch(fabric: Any) -> None:
+    known = torch.distributed.is_available() and torch.distributed.is_initialized()
+    fabric.launch()
+    if fabric.world_size > 1 and not known:
+        # a process that ends with its connections open can abort one that is still closing its own; not earlier, for
+        # a group that is gone cannot be made again under torchrun and a second fit needs it
+        atexit.register(torch.distributed.destroy_process_group)
 
 
 def _seed_everything(seed: int) -> None:
