@@ -36,12 +36,12 @@ def number(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return "–" if value is None else str(value)
+    return "–" if value in (None, "") else str(value)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table in markdown."""
-    lines = [list(header), ["---"] * len(header), *([number(cell) for cell in row] for row in rows)]
+    lines = [list(header), ["---"] * len(header), *([number(value) for value in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -52,10 +52,27 @@ def bars(result: Result) -> str:
 
 
 def measured(result: Result) -> str:
-    """The rows of a result, with the columns that hold one figure or word."""
+    """The rows of a result, with the columns that hold one figure or word and say something in some row."""
     rows = result["rows"][:MAX_ROWS]
-    columns = list(dict.fromkeys(key for row in rows for key, cell in row.items() if not isinstance(cell, dict | list)))
-    return table([column.replace("_", " ") for column in columns], [[row.get(c) for c in columns] for row in rows])
+    columns = [
+        column
+        for column in dict.fromkeys(key for row in rows for key in row)
+        if any(row.get(column) not in (None, "") for row in rows)
+        and not any(isinstance(row.get(column), dict | list) for row in rows)
+    ]
+    text = table([heading(column) for column in columns], [[cell(row.get(c), c) for c in columns] for row in rows])
+    left_out = len(result["rows"]) - len(rows)
+    return f"{text}\n\n{left_out} more rows are in the result file." if left_out else text
+
+
+def heading(column: str) -> str:
+    """The column's name for a reader; bytes are shown in MiB."""
+    return (f"{column.removesuffix('_bytes')} MiB" if column.endswith("_bytes") else column).replace("_", " ")
+
+
+def cell(value: Any, column: str) -> Any:
+    """The value in the unit that `heading` names."""
+    return value / 2**20 if column.endswith("_bytes") and isinstance(value, int | float) else value
 
 
 def machine(result: Result) -> str:

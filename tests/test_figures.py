@@ -11,7 +11,10 @@ from scripts import figures
 
 RESULT = {
     "machine": {"cpu": "Some CPU", "cores": 2, "torch": "2.13.0", "isa": ["avx2"]},
-    "rows": [{"name": "dense", "tokens": 8192, "latency_ms": 334.21, "extra": {"a": 1}}, {"name": "absent peer"}],
+    "rows": [
+        {"name": "dense", "tokens": 8192, "latency_ms": 334.21, "peak_bytes": 3 * 2**20, "extra": {"a": 1}, "note": ""},
+        {"name": "absent peer"},
+    ],
     "bars": [{"name": "speedup", "value": 12.345, "op": ">=", "bar": 4, "holds": True}],
 }
 
@@ -34,10 +37,16 @@ def test_a_section_shows_machine_rows_and_bars(tmp_path: Path) -> None:
     (tmp_path / "attention.json").write_text(json.dumps(RESULT))
     text = figures.figures(tmp_path)
     assert "Measured on Some CPU, 2 cores, torch 2.13.0." in text
-    assert "| name | tokens | latency ms |" in text
-    assert "| dense | 8,192 | 334 |" in text
-    assert "| absent peer | – | – |" in text
+    assert "| name | tokens | latency ms | peak MiB |" in text
+    assert "| dense | 8,192 | 334 | 3 |" in text
+    assert "| absent peer | – | – | – |" in text
     assert "| `speedup` | 12.3 | >= 4 | yes |" in text
+
+
+def test_rows_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    rows = [{"n": n} for n in range(figures.MAX_ROWS + 3)]
+    (tmp_path / "levels.json").write_text(json.dumps({**RESULT, "rows": rows}))
+    assert "3 more rows are in the result file." in figures.figures(tmp_path)
 
 
 def test_absent_results_leave_nothing(tmp_path: Path) -> None:
