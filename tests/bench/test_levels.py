@@ -63,8 +63,9 @@ def test_finished_cells_are_not_trained_again(tmp_path: Path, monkeypatch: pytes
     case = dataclasses.replace(small(), cache=tmp_path / "cells.jsonl", variants=("local", "dense"))
     run(dataclasses.replace(case, variants=("local",)))
     assert len(trained) == 2
-    run(case)
+    report = run(case)
     assert [cell.variant for cell in trained] == ["local", "local", "dense", "dense"]
+    assert [row["variant"] for row in report.rows] == ["local", "dense"] * 2
     run(dataclasses.replace(case, learning_rate=1e-3))
     assert len(trained) == 8
 
