@@ -168,8 +168,11 @@ def test_ctrl_c_ends_the_command_and_its_processes(model: Path, tmp_path: Path) 
     deadline = time.monotonic() + 120
     while not (children := _children(process.pid)) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert children
     assert process.returncode == 130
     assert b"Traceback" not in errors

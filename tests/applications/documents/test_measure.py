@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,14 @@ def test_an_interrupt_leaves_no_process(folder: Path, started: list[subprocess.P
     with pytest.raises(KeyboardInterrupt):
         measure(job(folder), on_pass=interrupt)
     assert started[0].returncode is not None
+
+
+def test_a_process_ends_when_nobody_listens(folder: Path) -> None:
+    command = [sys.executable, "-m", module.__name__, json.dumps(asdict(job(folder)))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == 1
 
 
 def test_a_failure_is_told_with_its_last_line(folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import queue
 import signal
 import statistics
@@ -84,13 +85,18 @@ def measure(job: Job, *, on_pass: Callable[[], None] = lambda: None) -> Measured
     """
     command = [sys.executable, "-m", "trilevel.applications.documents.measure", json.dumps(dataclasses.asdict(job))]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8")
+        # the pipe to its standard input is never written: it closes when this process is gone, however it went
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
+        )
         try:
             found = _follow(process, job, on_pass)
         finally:
             # on Ctrl-C as well: a process left behind would disturb whatever is measured next
             process.kill()
             process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
         if found is None:
             errors.seek(0)
             found = _failed(job, process.returncode, errors.read())
@@ -201,9 +207,21 @@ def _wants_more(seconds: list[float]) -> bool:
     return len(timed) < MIN_RUNS or (len(timed) < MAX_RUNS and sum(timed) < ENOUGH_S)
 
 
+def _end_with_parent() -> None:
+    """End this process as soon as its standard input closes."""
+
+    def wait() -> None:
+        # not through sys.stdin, whose lock must be free when the interpreter ends
+        os.read(sys.stdin.fileno(), 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 if __name__ == "__main__":
     # Ctrl-C reaches the whole process group; this one has nothing to say about it
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _end_with_parent()
     for _event in _run(Job(**json.loads(sys.argv[1]))):
         sys.stdout.write(json.dumps(_event) + "\n")
         sys.stdout.flush()
