@@ -210,6 +210,8 @@ def _notes(result: _Result) -> tuple[str, ...]:
         notes.append("With focus, only the most important sentences pass the deep layers.")
     if found.is_lower_bound:
         notes.append(f"Dense attention was stopped after {LIMIT_S:.0f} s, so the speed-up is a lower bound.")
+    if found.materialised.stopped:
+        notes.append("Materialised attention did not finish; its peak memory is what it had reached by then.")
     if result.encoded.units_left_out:
         notes.append(f"{result.encoded.units_left_out:,} sentences beyond {MAX_TOKENS:,} tokens were left out.")
     return tuple(notes)
