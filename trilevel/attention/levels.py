@@ -39,7 +39,8 @@ class LevelRatio:
         shares = self.shares
         if any(not share >= 0 or share == float("inf") for share in shares) or sum(shares) <= 0:
             raise ConfigError(
-                f"LevelRatio{shares}: shares must be finite and >= 0, one of them > 0, e.g. LevelRatio(6, 3, 1)."
+                f"LevelRatio{shares}: every share must be finite and >= 0 and one of them > 0. "
+                "Text works with LevelRatio(6, 3, 1), images with LevelRatio(4, 4, 2)."
             )
 
     @property
