@@ -17,8 +17,8 @@ _LEAST_GAIN = 0.02
 def oracle_loss(scores: Tensor, batch: DocumentBatch) -> Tensor:
     """Cross entropy of softmax(scores) over a document's selectable units against its oracle, mean over documents.
 
-    An oracle sentence weighs as much as its own ROUGE-1 + ROUGE-2 F1: on validation this beat equal weights and binary
-    cross entropy. `scores` (batch, units); documents without an oracle sentence count nowhere.
+    An oracle sentence weighs as much as its own ROUGE-1 + ROUGE-2 F1: on validation this did better than equal weights
+    (docs/documents.md). `scores` (batch, units); documents without an oracle sentence count nowhere.
     """
     mask = batch["unit_selectable"]
     weight = batch["oracle"] * mask * (batch["gains"] + _LEAST_GAIN)
