@@ -1,7 +1,7 @@
 """Write the tables of `docs/documents.md` from `benchmarks/results/documents.json`.
 
-python -m scripts.documents_table            rewrite what stands between the markers
-python -m scripts.documents_table --check    exit 1 when the page differs from the result
+`python -m scripts.documents_table` rewrites what stands between the markers; with `--check` it exits 1 when the page
+differs from the result.
 """
 
 from __future__ import annotations
