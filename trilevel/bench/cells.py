@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,11 @@ VALIDATION_SEED, TEST_SEED = 7_000_001, 7_000_003
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One run: a task, a variant of the levels, a seed and a budget."""
+    """One run: a task, a variant of the levels, a seed and a budget.
+
+    `pool_rate` multiplies the learning rate of the pooling weights: they start at zero, have as few numbers as a head
+    has features, and a summary shows one token among many only once they have grown large.
+    """
 
     name: str
     task: RecallTask | MajorityTask
@@ -38,6 +43,7 @@ class Cell:
     steps: int
     batch_size: int
     learning_rate: float
+    pool_rate: float
     test_samples: int
 
     @property
@@ -111,7 +117,7 @@ def train_cell(cell: Cell) -> Outcome:
     torch.set_num_threads(1)
     torch.manual_seed(cell.seed)
     model = _Classifier(cell)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cell.learning_rate, weight_decay=0.01)
+    optimizer = _optimizer(model, cell)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, cell.steps))
     perfect = 0
     step = 0
@@ -128,6 +134,13 @@ def train_cell(cell: Cell) -> Outcome:
             perfect = perfect + 1 if _accuracy(model, cell, 256, VALIDATION_SEED) == 1 else 0
     accuracy = _accuracy(model, cell, cell.test_samples, TEST_SEED)
     return Outcome(key=cell.key, task=cell.name, variant=cell.variant, seed=cell.seed, accuracy=accuracy, steps=step)
+
+
+def _optimizer(model: nn.Module, cell: Cell) -> torch.optim.Optimizer:
+    pooling = [weight for name, weight in model.named_parameters() if name.endswith("pool_weight")]
+    others = [weight for name, weight in model.named_parameters() if not name.endswith("pool_weight")]
+    groups: list[dict[str, Any]] = [{"params": others}, {"params": pooling, "lr": cell.learning_rate * cell.pool_rate}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=cell.learning_rate, weight_decay=0.01)
 
 
 def _rate(step: int, steps: int) -> float:

@@ -39,13 +39,18 @@ def variant_levels(region_size: int) -> dict[str, Levels | None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LevelsCase:
-    """What is trained: every variant on every task with every seed, in `workers` processes of one thread each."""
+    """What is trained: every variant on every task with every seed, in `workers` processes of one thread each.
+
+    `region_size`, `steps` and `batch_size` go by task; `pool_rate` is explained in `Cell`.
+    """
 
     recall: RecallTask = field(default_factory=lambda: RecallTask(num_keys=6))
     majority: MajorityTask = field(default_factory=MajorityTask)
-    steps: dict[str, int] = field(default_factory=lambda: {"recall": 600, "majority": 250})
+    region_size: dict[str, int] = field(default_factory=lambda: {"recall": 8, "majority": 32})
+    steps: dict[str, int] = field(default_factory=lambda: {"recall": 800, "majority": 250})
     batch_size: dict[str, int] = field(default_factory=lambda: {"recall": 32, "majority": 16})
     learning_rate: float = 4e-3
+    pool_rate: float = 20.0
     seeds: tuple[int, ...] = (0, 1, 2)
     variants: tuple[str, ...] = VARIANTS
     test_samples: int = 2_048
@@ -61,17 +66,28 @@ class LevelsCase:
         )
 
     def cells(self) -> list[Cell]:
-        """Every training run, hardest variants first so that the processes end together."""
+        """Every training run, seed by seed, so that an interrupted bench has whole comparisons."""
+        tasks: dict[str, RecallTask | MajorityTask] = {"recall": self.recall, "majority": self.majority}
         return [
-            Cell(
-                name=name, task=task, variant=variant, seed=seed, levels=variant_levels(task.region_size)[variant],
-                steps=self.steps[name], batch_size=self.batch_size[name], learning_rate=self.learning_rate,
-                test_samples=self.test_samples,
-            )
+            self._cell(name, task, variant, seed)
             for seed in self.seeds
-            for name, task in (("recall", self.recall), ("majority", self.majority))
+            for name, task in tasks.items()
             for variant in self.variants
-        ]  # fmt: skip
+        ]
+
+    def _cell(self, name: str, task: RecallTask | MajorityTask, variant: str, seed: int) -> Cell:
+        return Cell(
+            name=name,
+            task=task,
+            variant=variant,
+            seed=seed,
+            levels=variant_levels(self.region_size[name])[variant],
+            steps=self.steps[name],
+            batch_size=self.batch_size[name],
+            learning_rate=self.learning_rate,
+            pool_rate=self.pool_rate,
+            test_samples=self.test_samples,
+        )
 
 
 def run(case: LevelsCase, progress: Progress = lambda _what, _done: None) -> Report:
@@ -97,8 +113,7 @@ def run(case: LevelsCase, progress: Progress = lambda _what, _done: None) -> Rep
         settings={
             "steps": case.steps, "batch_size": case.batch_size, "learning_rate": case.learning_rate,
             "seeds": list(case.seeds), "layers": 2, "dim": 80, "heads": 10, "window": 5, "num_global_tokens": 8,
-            "region_size": {"recall": case.recall.region_size, "majority": case.majority.region_size},
-            "test_samples": case.test_samples,
+            "region_size": case.region_size, "pool_rate": case.pool_rate, "test_samples": case.test_samples,
         },
     )  # fmt: skip
 

@@ -33,12 +33,14 @@ def write_docs(report: Report, folder: Path) -> None:
 def page(report: Report) -> str:
     """The page as markdown: the question, the tasks, the table, the bars."""
     settings = report.settings
+    sizes = " and ".join(f"{size} ({task})" for task, size in settings["region_size"].items())
     setting = (
         f"An encoder of {settings['layers']} layers, width {settings['dim']}, {settings['heads']} heads, window "
-        f"{settings['window']}, regions as long as those of the task, {settings['num_global_tokens']} global tokens, "
+        f"{settings['window']}, regions of {sizes} tokens, {settings['num_global_tokens']} global tokens, "
         f"trained from scratch with {len(settings['seeds'])} seeds; {settings['test_samples']:,} fresh test samples. A "
-        "run ends early once it is perfect. Heads of a level that is left out go to the others in proportion; every "
-        "calibrated head keeps its window and sees the rest at least as one remainder entry, local ones included."
+        f"run ends early once it is perfect; pooling weights learn {settings['pool_rate']:g} times as fast as others. "
+        "Heads of a level that is left out go to the others in proportion; every calibrated head keeps its window and "
+        "sees the rest at least as one remainder entry, local ones included."
     )
     lines = [
         "# Do the levels earn their place?",
