@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trilevel.attention.api import Impl, dense_attention, dense_call, multi_level_attention
 from trilevel.attention.cache import DecodeCache
+from trilevel.attention.cost import Cost, attention_cost
 from trilevel.attention.geometry import make_geometry, make_slots
 from trilevel.attention.levels import HeadSplit, Levels
 from trilevel.attention.rope import rotary
@@ -197,6 +198,34 @@ class MultiLevelAttention(nn.Module):
         if not explain:
             return out
         return out, self._explanation(self.levels, x, padding_mask, segment_ids, global_prior, global_forced)
+
+    def cost(self, batch: int, tokens: int) -> Cost:
+        """Cost of a forward pass without gradients: `attention_cost` and the projections.
+
+        A projection of a token takes 2 * in * out operations; it reads its weights once, its input and writes its
+        output. The peak holds queries, keys and values beside the attention's own.
+
+        Raises:
+            ConfigError: batch or tokens are not positive.
+        """
+        weight = self.in_proj.weight
+        size, rows = weight.element_size(), batch * tokens
+        attention = attention_cost(
+            self.levels,
+            batch=batch,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            tokens=tokens,
+            head_dim=self.head_dim,
+            bytes_per_value=size,
+            is_causal=self.is_causal,
+        )
+        # biases, the pooling weights and positions are small beside these
+        shapes = [module.weight.shape for module in self.children() if isinstance(module, nn.Linear)]
+        flops = sum(2 * rows * wide * narrow for wide, narrow in shapes)
+        moved = sum(size * (wide * narrow + rows * (wide + narrow)) for wide, narrow in shapes)
+        held = size * rows * weight.shape[0]
+        return Cost(attention.flops + flops, attention.bytes_moved + moved, attention.peak_bytes + held)
 
     def new_cache(self, batch: int) -> DecodeCache:
         """An empty cache for `prefill` and `step`, of the parameters' type and device.

@@ -150,7 +150,7 @@ def _attention_backward(
 
     with torch.enable_grad():
         # inside an operator autograd is switched off; torch.func brings its own
-        _, pull = torch.func.vjp(forward, *(given[place] for place in places))
+        pull = torch.func.vjp(forward, *(given[place] for place in places))[1]
         found = pull((grad_out,) if grad_lse is None else (grad_out, grad_lse))
     return [x.contiguous() for x in found]
 

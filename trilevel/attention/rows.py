@@ -102,14 +102,16 @@ def view_of(call: Call, geometry: Geometry, entries: Entries, rows: Rows) -> Vie
     if remainder is not None and tail is not None:
         held = tail.outside & (tail.rank >= rows.of(remainder.start))
         rest = rest - held.sum(-1, keepdim=True)
-    in_regions = rest if regions is None else _region_count(call, geometry, regions, rows, low, high, tail)
+    in_regions = (
+        torch.zeros_like(low) if regions is None else _region_count(call, geometry, regions, rows, low, high, tail)
+    )
     # log(0) = -inf drops an entry, forward and backward
     return View(
         rows=rows,
         near_bias=torch.zeros_like(near, dtype=dtype).masked_fill(~near, -torch.inf),
         near_held=near.to(dtype) if remainder is not None and remainder.holds_near else None,
         tail=None if tail is None else tail.seen(held, dtype),
-        region_bias=in_regions.to(dtype).log(),
+        region_bias=in_regions.to(dtype).log_(),
         rest_count=rest.clamp(min=1).to(dtype),
         rest_bias=rest.clamp(min=0).to(dtype).log(),
     )
@@ -200,16 +202,16 @@ def _region_count(
     high: Tensor,
     tail: _TailView | None,
 ) -> Tensor:
-    """Tokens of every region that are visible and in no other entry."""
-    slots = regions.slots
+    """Tokens of every region that are visible and in no other entry, as floats, which count exactly to 2**24."""
+    slots, dtype = regions.slots, compute_dtype(call.query)
     start, end, segment, full = (
         x.view(x.shape[0], 1, 1, 1, 1, -1) for x in (slots.start, slots.end, slots.segment, slots.full)
     )
-    count = (end - start) - (torch.minimum(end, high) - torch.maximum(start, low)).clamp(min=0)
+    near = torch.minimum(end.to(dtype), high.to(dtype)) - torch.maximum(start.to(dtype), low.to(dtype))
+    count = (end - start).to(dtype) - near.clamp_(min=0)
     if tail is not None:
         inside = (tail.rank[..., None] >= start[..., None, :]) & (tail.rank[..., None] < end[..., None, :])
-        held = tail.outside.to(torch.float32)[..., None, :] @ inside.to(torch.float32)
-        count = count - held.squeeze(-2).long()
+        count = count - (tail.outside.to(dtype)[..., None, :] @ inside.to(dtype)).squeeze(-2)
     if call.segment is not None:
         count = torch.where(segment == rows.of(geometry.segment), count, 0)
     if call.is_causal:

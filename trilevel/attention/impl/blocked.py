@@ -28,8 +28,8 @@ from trilevel.attention.finite import finite_only, sees_any
 from trilevel.attention.geometry import Geometry, make_geometry, slot_view
 from trilevel.attention.rows import Rows, SeenTail, View, compute_dtype, view_of, window_width, windows
 
-# logits of one streamed step: 2 MiB of float32 stay in the second-level cache of the machines we target
-STEP_LOGITS = 512 * 1024
+# logits of one streamed step: 1 MiB of float32, what a second-level cache holds
+STEP_LOGITS = 256 * 1024
 
 
 def attend(call: Call) -> tuple[Tensor, Tensor | None]:
@@ -44,8 +44,15 @@ def attend(call: Call) -> tuple[Tensor, Tensor | None]:
         device=call.query.device,
     )
     call, seen = _hide_nonfinite(call, geometry)
-    parts = [_head_class(call, geometry, index) for index, heads in enumerate(call.split) if heads]
-    out = parts[0][0] if len(parts) == 1 else torch.cat([part[0] for part in parts], 1)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        parts = [_head_class(call, geometry, index, None) for index, heads in enumerate(call.split) if heads]
+        out = torch.cat([part[0] for part in parts], 1)
+    else:
+        batch, heads, tokens, dim = call.query.shape
+        # tokens before heads in memory: what the output projection reads
+        out = call.query.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+        pieces = out.split(list(call.split), 1)
+        parts = [_head_class(call, geometry, index, into) for index, into in enumerate(pieces) if into.shape[1]]
     if call.valid is not None:
         out = torch.where(call.valid[:, None, :, None], out, 0)
     if seen is not None:
@@ -67,35 +74,33 @@ def _hide_nonfinite(call: Call, geometry: Geometry) -> tuple[Call, Tensor | None
     return clean, seen if call.valid is None else seen & call.valid
 
 
-def _head_class(call: Call, geometry: Geometry, index: int) -> tuple[Tensor, Tensor]:
-    """Heads of one class: 0 local, 1 regional, 2 global."""
+def _head_class(call: Call, geometry: Geometry, index: int, into: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Heads of one class (0 local, 1 regional, 2 global); without gradients their output is written to `into`."""
     group = call.query.shape[1] // call.key.shape[1]
     start = sum(call.split[:index])
     stop = start + call.split[index]
     q = call.query[:, start:stop]
     k, v = (x[:, start // group : stop // group] for x in (call.key, call.value))
     weight = None if call.pool_weight is None else call.pool_weight[start // group : stop // group]
-    out, lse = _dispatch(call, geometry, index, q, k, v, weight)
-    return out.to(q.dtype), lse
-
-
-def _dispatch(
-    call: Call, geometry: Geometry, index: int, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if call.levels.mode == "strict" and index == 0:
-        return _near_and_tail(call, geometry, q, k, v, Entries())
-    if call.levels.mode == "strict":
+    if call.levels.mode == "strict" and index > 0:
+        strict = _strict_regional if index == 1 else _strict_global
         q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))
-        return (
-            _strict_regional(call, geometry, q, k, v, weight) if index == 1 else _strict_global(call, geometry, q, k, v)
-        )
-    if index == 0:
-        entries = local_entries(call, geometry, k, v)
-    elif index == 1:
-        entries = regional_entries(call, geometry, k, v, weight)
+        out, lse = strict(call, geometry, q, k, v, weight)
     else:
-        entries = global_entries(call, geometry, k, v, weight)
-    return _near_and_tail(call, geometry, q, k, v, entries)
+        entries = _entries(call, geometry, index, k, v, weight)
+        if into is not None and _is_long(call, q, entries):
+            return into, _stream(call, geometry, q, k, v, entries, into)
+        rows = Rows.all(q.shape[2], _block(call))
+        out, lse = _attend_rows(call, q, k, v, entries, view_of(call, geometry, entries, rows))
+    return (out.to(q.dtype), lse) if into is None else (into.copy_(out), lse)
+
+
+def _entries(call: Call, geometry: Geometry, index: int, k: Tensor, v: Tensor, weight: Tensor | None) -> Entries:
+    if call.levels.mode == "strict":
+        return Entries()
+    if index == 0:
+        return local_entries(call, geometry, k, v)
+    return (regional_entries if index == 1 else global_entries)(call, geometry, k, v, weight)
 
 
 def _strict_regional(
@@ -116,7 +121,9 @@ def _strict_regional(
     return out, lse.gather(2, region[:, None].expand(-1, lse.shape[1], -1))
 
 
-def _strict_global(call: Call, geometry: Geometry, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _strict_global(
+    call: Call, geometry: Geometry, q: Tensor, k: Tensor, v: Tensor, _: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Global tokens attend to global tokens; the result is scattered back, other tokens get 0."""
     chosen = choose_global(call, geometry)
     batch, heads, tokens, dim = q.shape
@@ -153,38 +160,40 @@ def _small_attention(
     return out.reshape(batch, heads, queries, dim), logits.logsumexp(-1).reshape(batch, heads, queries)
 
 
-def _near_and_tail(
-    call: Call, geometry: Geometry, q: Tensor, k: Tensor, v: Tensor, entries: Entries
-) -> tuple[Tensor, Tensor]:
-    """One softmax over the near window and the entries, streamed where nothing has to be kept for a backward pass."""
-    batch, heads, tokens, dim = q.shape
+def _block(call: Call) -> int:
+    """Queries in a block: as many as keep most of a window's keys in use."""
     radius = call.levels.radius
-    block = 32 if radius <= 32 else 64 if radius <= 128 else 128
-    whole = Rows.all(tokens, block)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _attend_rows(call, q, k, v, entries, view_of(call, geometry, entries, whole))
-    width = window_width(radius, call.is_causal, block) + _tail_width(entries)
-    if batch * heads * tokens * width <= STEP_LOGITS:
-        return _attend_rows(call, q, k, v, entries, view_of(call, geometry, entries, whole))
-    # tokens before heads in memory: what the output projection reads
-    out = q.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    return 32 if radius <= 32 else 64 if radius <= 128 else 128
+
+
+def _entries_per_query(call: Call, entries: Entries) -> int:
+    return window_width(call.levels.radius, call.is_causal, _block(call)) + _tail_width(entries)
+
+
+def _is_long(call: Call, q: Tensor, entries: Entries) -> bool:
+    return q.shape[0] * q.shape[1] * q.shape[2] * _entries_per_query(call, entries) > STEP_LOGITS
+
+
+def _stream(call: Call, geometry: Geometry, q: Tensor, k: Tensor, v: Tensor, entries: Entries, into: Tensor) -> Tensor:
+    """Row by row of the batch, run by run of blocks, group by group of heads; outputs to `into`, returns the LSE."""
+    batch, heads, tokens, _ = q.shape
     lse = q.new_empty(batch, heads, tokens, dtype=compute_dtype(q))
-    groups = k.shape[1]
+    groups, block = k.shape[1], _block(call)
     per_group = heads // groups
-    blocks = max(1, STEP_LOGITS // (per_group * block * width))
+    step = block * max(1, STEP_LOGITS // (per_group * block * _entries_per_query(call, entries)))
     for row in range(batch):
         own = _part(geometry, row, 0)
         parts = [_part(entries, row, group) for group in range(groups)]
-        for start in range(0, tokens, blocks * block):
-            stop = min(tokens, start + blocks * block)
+        for start in range(0, tokens, step):
+            stop = min(tokens, start + step)
             view = view_of(call, own, parts[0], Rows.part(start, stop, block))
             for group, part in enumerate(parts):
                 span = slice(group * per_group, (group + 1) * per_group)
                 own_k, own_v = (x[row : row + 1, group : group + 1] for x in (k, v))
                 got = _attend_rows(call, q[row : row + 1, span], own_k, own_v, part, view)
-                out[row : row + 1, span, start:stop] = got[0]
+                into[row : row + 1, span, start:stop] = got[0]
                 lse[row : row + 1, span, start:stop] = got[1]
-    return out, lse
+    return lse
 
 
 def _attend_rows(call: Call, q: Tensor, k: Tensor, v: Tensor, entries: Entries, view: View) -> tuple[Tensor, Tensor]:
