@@ -60,7 +60,7 @@ def measured(result: Result) -> str:
         if any(row.get(column) not in (None, "") for row in rows)
         and not any(isinstance(row.get(column), dict | list) for row in rows)
     ]
-    text = table([heading(column) for column in columns], [[cell(row.get(c), c) for c in columns] for row in rows])
+    text = table([heading(column) for column in columns], [[cell(row, column) for column in columns] for row in rows])
     left_out = len(result["rows"]) - len(rows)
     return f"{text}\n\n{left_out} more rows are in the result file." if left_out else text
 
@@ -70,8 +70,11 @@ def heading(column: str) -> str:
     return (f"{column.removesuffix('_bytes')} MiB" if column.endswith("_bytes") else column).replace("_", " ")
 
 
-def cell(value: Any, column: str) -> Any:
-    """The value in the unit that `heading` names."""
+def cell(row: Mapping[str, Any], column: str) -> Any:
+    """The value in the unit that `heading` names, with its interval when the row has one."""
+    value, interval = row.get(column), row.get(f"{column}_interval")
+    if interval:
+        return f"{number(value)} [{', '.join(number(end) for end in interval)}]"
     return value / 2**20 if column.endswith("_bytes") and isinstance(value, int | float) else value
 
 

@@ -49,6 +49,12 @@ def test_rows_that_are_left_out_are_counted(tmp_path: Path) -> None:
     assert "3 more rows are in the result file." in figures.figures(tmp_path)
 
 
+def test_an_interval_stands_beside_its_value(tmp_path: Path) -> None:
+    rows = [{"rouge1": 34.51, "rouge1_interval": [33.569, 35.44]}]
+    (tmp_path / "documents.json").write_text(json.dumps({**RESULT, "rows": rows}))
+    assert "| rouge1 |\n| --- |\n| 34.5 [33.6, 35.4] |" in figures.figures(tmp_path)
+
+
 def test_absent_results_leave_nothing(tmp_path: Path) -> None:
     assert figures.figures(tmp_path) == ""
 
