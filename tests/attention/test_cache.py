@@ -13,6 +13,7 @@ from tests.attention.cases import BASE, Case, inputs
 from tests.attention.oracle import oracle
 from trilevel.attention.api import multi_level_attention
 from trilevel.attention.cache import DecodeCache
+from trilevel.attention.cache_levels import RunningSum
 from trilevel.attention.layer import MultiLevelAttention
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.errors import ConfigError, ShapeError
@@ -182,6 +183,18 @@ def test_bfloat16_keeps_its_sums_in_float32() -> None:
     torch.testing.assert_close(out.double(), multi_level_attention(**exact), rtol=1e-2, atol=5e-3)
 
 
+def test_a_sum_of_many_terms_keeps_its_digits() -> None:
+    terms = 1 + torch.randn(20_011, 3, generator=torch.Generator().manual_seed(1))
+    running, plain = RunningSum(torch.zeros(3)), torch.zeros(3)
+    for term in terms:
+        running.add(term)
+        plain = plain + term
+    exact = terms.double().sum(0)
+    assert (running.total - exact).abs().max() <= exact.max() * 2**-23
+    # what the compensation is for
+    assert (plain - exact).abs().max() > 8 * exact.max() * 2**-23
+
+
 @pytest.mark.parametrize("union", [False, True])
 def test_memory_stays_while_tokens_grow(union: bool) -> None:
     window, chunk, p, sinks, dim, heads = 9, 7, 11, 3, 5, 3
@@ -198,7 +211,7 @@ def test_memory_stays_while_tokens_grow(union: bool) -> None:
     assert cache.num_tokens == 401
     assert cache.num_bytes == after_some
     # keys and values of the window, sinks, global tokens and the open chunk; sums, scores and positions
-    vectors = heads * 5 + sinks + p + chunk + 8
+    vectors = heads * 5 + sinks + p + chunk + 12
     assert empty < after_some <= 4 * (2 * vectors * dim + 4 * (p + chunk) + 16)
 
 

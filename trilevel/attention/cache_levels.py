@@ -115,37 +115,57 @@ class Window:
         yield self._ring
 
 
+class RunningSum:
+    """A sum of many terms, compensated: its error does not grow with their number (Kahan 1965)."""
+
+    def __init__(self, total: Tensor) -> None:
+        self.total, self._lost = total, torch.zeros_like(total)
+
+    def add(self, term: Tensor) -> None:
+        """Add a term, of any precision."""
+        term = term.to(self.total.dtype) - self._lost
+        total = self.total + term
+        # what the rounding of the sum took away
+        self._lost = (total - self.total) - term
+        self.total = total
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The sum and its compensation."""
+        yield from (self.total, self._lost)
+
+
 class LocalState:
     """Sinks and the plain sum of all other tokens before the window."""
 
     def __init__(self, room: Room, *, num_sinks: int) -> None:
         self._room, self._num_sinks = room, num_sinks
         self._sinks = room.tokens(0)
-        self._rest = room.zeros()
+        self._rest = RunningSum(room.zeros())
 
     def push(self, arrival: Arrival) -> None:
         """Take the next token in."""
         if arrival.position < self._num_sinks:
             self._sinks = torch.cat([self._sinks, arrival.pair], 3)
         if arrival.leaving is not None and arrival.position - self._room.radius - 1 >= self._num_sinks:
-            self._rest += arrival.leaving
+            self._rest.add(arrival.leaving)
 
     def fill(self, arrival: Arrival) -> None:
         """Take a prompt in."""
         low = self._room.low(arrival.pair.shape[3])
         self._sinks = arrival.pair[..., : self._num_sinks, :].clone()
-        self._rest = arrival.pair[..., self._num_sinks : low, :].sum(3, dtype=self._room.sum_dtype)
+        self._rest = RunningSum(arrival.pair[..., self._num_sinks : low, :].sum(3, dtype=self._room.sum_dtype))
 
     def parts(self, tokens: int) -> list[Part]:
         """Sinks outside the window and the remainder."""
         low = self._room.low(tokens)
         outside = min(self._num_sinks, low)
         parts = [Part(self._sinks[..., :outside, :])] if outside else []
-        return parts + ([_mean_of(self._rest, low - outside)] if low > outside else [])
+        return parts + ([_mean_of(self._rest.total, low - outside)] if low > outside else [])
 
     def tensors(self) -> Iterator[Tensor]:
         """Sinks and sums."""
-        yield from (self._sinks, self._rest)
+        yield self._sinks
+        yield from self._rest.tensors()
 
 
 class RegionalState:
@@ -244,7 +264,7 @@ class GlobalState:
 
     def __init__(self, room: Room, *, num_global_tokens: int, chunk: int, regions: RegionalState | None) -> None:
         self._room, self._limit, self._chunk, self._regions = room, num_global_tokens, chunk, regions
-        self._all = room.zeros()
+        self._all = RunningSum(room.zeros())
         self._selected, self._open = room.tokens(0), room.tokens(chunk)
         self._index = torch.zeros(room.batch, 0, dtype=torch.long, device=room.device)
         scores = torch.zeros(2, room.batch, chunk, dtype=room.sum_dtype, device=room.device)
@@ -256,7 +276,7 @@ class GlobalState:
         if self._regions is not None:
             self._regions.push(arrival)
         elif arrival.leaving is not None:
-            self._all += arrival.leaving
+            self._all.add(arrival.leaving)
         place = arrival.position % self._chunk
         self._open[..., place, :] = arrival.pair[..., 0, :]
         self._open_scores[0, :, place] = arrival.strength[:, 0]
@@ -270,7 +290,8 @@ class GlobalState:
         if self._regions is not None:
             self._regions.fill(arrival)
         else:
-            self._all = arrival.pair[..., : self._room.low(tokens), :].sum(3, dtype=self._room.sum_dtype)
+            low = self._room.low(tokens)
+            self._all = RunningSum(arrival.pair[..., :low, :].sum(3, dtype=self._room.sum_dtype))
         closed = tokens // self._chunk * self._chunk
         scores = torch.stack([arrival.strength, arrival.bias])
         self._select(arrival.pair[..., :closed, :], scores[..., :closed], 0)
@@ -302,7 +323,7 @@ class GlobalState:
         parts = [Part(self._selected, bias[:, None, None])]
         if regions is not None and regions.num_closed:
             parts.append(regions.summaries(regions.counts(low) - self._in_regions(regions, outside)))
-        start, total = (0, self._all) if regions is None else (regions.start, regions.rest)
+        start, total = (0, self._all.total) if regions is None else (regions.start, regions.rest)
         if low > start:
             held = outside & (self._index >= start)
             given_back = held[:, None, None].to(self._room.sum_dtype) @ self._selected.to(self._room.sum_dtype)
@@ -318,7 +339,8 @@ class GlobalState:
 
     def tensors(self) -> Iterator[Tensor]:
         """Selected tokens, the open chunk, sums."""
-        yield from (self._all, self._selected, self._open, self._index, self._selected_scores, self._open_scores)
+        yield from (self._selected, self._open, self._index, self._selected_scores, self._open_scores)
+        yield from self._all.tensors()
         if self._regions is not None:
             yield from self._regions.tensors()
 
