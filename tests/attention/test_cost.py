@@ -154,6 +154,15 @@ def test_more_of_anything_costs_no_less(
         assert more.peak_bytes >= base.peak_bytes
 
 
+@pytest.mark.parametrize(
+    "levels", [SMALL, STRICT, replace(SMALL, union=True), None], ids=["calibrated", "strict", "union", "dense"]
+)
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_work_grows_with_the_rows(levels: Levels | None, is_causal: bool) -> None:
+    one, three = (cost(levels, batch=batch, is_causal=is_causal) for batch in (1, 3))
+    assert (three.flops, three.bytes_moved) == (3 * one.flops, 3 * one.bytes_moved)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("union", [False, True])
 def test_levels_grow_linearly_and_dense_attention_does_not(is_causal: bool, union: bool) -> None:
