@@ -303,6 +303,8 @@ class MultiLevelAttention(nn.Module):
         if self.rope_theta is not None:
             place = torch.arange(tokens, device=x.device)[None] if positions is None else positions
             q, k = rotary(q, place, theta=self.rope_theta), rotary(k, place, theta=self.rope_theta)
+            # q and k are copies now; with v copied too, the fused projection is freed before attention runs
+            v = v.contiguous()
         return q, k, v
 
     def _merged(self, attended: Tensor) -> Tensor:
