@@ -232,6 +232,14 @@ def _open_region(call: Call, geometry: Geometry, slots: Slots, key: Tensor, valu
     count = torch.where(whole, 0, (geometry.low - start).clamp(min=0))
     keep = (count > 0)[:, None, :, None]
     sums = [
-        torch.where(keep, _before_window(segmented_cumsum(x, region), geometry, call, region), 0) for x in (key, value)
+        torch.where(keep, _before_window(_region_cumsum(x, slots), geometry, call, region), 0) for x in (key, value)
     ]
     return Remainder(key_sum=sums[0], value_sum=sums[1], count=count, start=start, holds_near=False)
+
+
+def _region_cumsum(x: Tensor, slots: Slots) -> Tensor:
+    """Running sum that starts anew in every region, (batch, kv_heads, tokens, dim), float32 at least."""
+    if not slots.is_view:
+        return segmented_cumsum(x, slots.of_token)
+    blocks = slot_view(x.to(torch.promote_types(x.dtype, torch.float32)), slots)
+    return blocks.cumsum(3).flatten(2, 3)[:, :, : x.shape[2]]

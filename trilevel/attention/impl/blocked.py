@@ -249,8 +249,7 @@ class _TailRead:
         batch, groups, blocks, _, block, dim = queries.shape
         pick = seen.pick
         self.seen, self.per_query = seen, pick.ndim == 3
-        index = pick.flatten(1)[:, None, :, None].expand(batch, groups, -1, dim)
-        keys, self.value = (x.gather(2, index).to(queries.dtype) for x in (k, v))
+        keys, self.value = (_rows_at(x, pick.flatten(1)).to(queries.dtype) for x in (k, v))
         if not self.per_query:
             self.raw = _shared(queries, keys.transpose(-1, -2))
             return
@@ -264,6 +263,15 @@ class _TailRead:
         if not self.per_query:
             return _shared(weight, self.value)
         return (weight.transpose(3, 4) @ self.value).transpose(3, 4)
+
+
+def _rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens of (batch, heads, tokens, dim) at (batch, count) positions."""
+    batch, heads, _, dim = x.shape
+    if isinstance(batch, int) and batch == 1:
+        # copies whole rows, many times faster than a gather by element
+        return x.index_select(2, index[0])
+    return x.gather(2, index[:, None, :, None].expand(batch, heads, -1, dim))
 
 
 def _tail_width(entries: Entries) -> int:
