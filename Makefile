@@ -65,8 +65,11 @@ format: $(VENV)/.all  ## let ruff rewrite what it can
 	@$(BIN)/ruff format --quiet .
 
 bench: $(VENV)/.all  ## measure, keep benchmarks/results/*.json, rewrite the README figures
+	@mkdir -p out
 	@for case in attention levels; do \
 	  $(BIN)/trilevel bench $$case --out benchmarks/results/$$case.json || failed=1; done; \
+	  $(BIN)/trilevel demo --json > out/demo.line && \
+	  $(BIN)/python scripts/demo_result.py < out/demo.line || failed=1; \
 	  $(BIN)/python scripts/figures.py; exit $${failed:-0}
 
 clean:  ## remove what make and the tests left, the environment included
