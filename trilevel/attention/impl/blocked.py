@@ -29,7 +29,7 @@ from trilevel.attention.geometry import Geometry, make_geometry, slot_view
 from trilevel.attention.rows import Rows, SeenTail, View, compute_dtype, view_of, window_width, windows
 
 # logits of one streamed step: 1 MiB of float32, what a second-level cache holds
-STEP_LOGITS = 128 * 1024
+STEP_LOGITS = 256 * 1024
 
 
 def attend(call: Call) -> tuple[Tensor, Tensor | None]:
