@@ -73,6 +73,7 @@ def test_strict_layer_learns_a_gate() -> None:
 
 def test_new_layer_starts_calibrated() -> None:
     layer = MultiLevelAttention(DIM, 6, levels=STRICT)
+    assert layer.pool_weight is not None
     assert not layer.pool_weight.any()
     assert not layer.region_gate.weight.any()
 
