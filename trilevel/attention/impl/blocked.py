@@ -92,7 +92,7 @@ def _head_class(call: Call, geometry: Geometry, index: int, into: Tensor | None)
             return into, _stream(call, geometry, q, k, v, entries, into)
         rows = Rows.all(q.shape[2], _block(call))
         out, lse = _attend_rows(call, q, k, v, entries, view_of(call, geometry, entries, rows))
-    return (out.to(q.dtype), lse) if into is None else (into.copy_(out), lse)
+    return (out.to(call.query.dtype), lse) if into is None else (into.copy_(out), lse)
 
 
 def _entries(call: Call, geometry: Geometry, index: int, k: Tensor, v: Tensor, weight: Tensor | None) -> Entries:
