@@ -49,7 +49,7 @@ class Rows:
         """Cut (batch, heads, tokens, dim) to (batch, heads, blocks, 1, block, dim), padded with 0."""
         batch, heads, _, dim = x.shape
         spare = self.num_blocks * self.block - (self.stop - self.start)
-        rows = pad(x if self.whole else x[:, :, self.start : self.stop], (0, 0, 0, spare))
+        rows = pad(x, (0, 0, 0, spare)) if self.whole else _padded(x[:, :, self.start : self.stop], 0, spare)
         return rows.reshape(batch, heads, self.num_blocks, 1, self.block, dim)
 
 
@@ -92,7 +92,7 @@ def view_of(call: Call, geometry: Geometry, entries: Entries, rows: Rows) -> Vie
     """What `rows` see of the near window and the entries."""
     dtype = compute_dtype(call.query)
     low, high = rows.of(geometry.low), rows.of(geometry.high)
-    near = _near_mask(geometry, rows, call.levels.radius, call.is_causal)
+    near = near_mask(geometry, rows, call.levels.radius, call.is_causal)
     tail = None if entries.tokens is None else _tail_view(entries.tokens, geometry, rows, low, high, call.is_causal)
     remainder, regions = entries.remainder, entries.regions
     rest = torch.zeros_like(low) if remainder is None else rows.of(remainder.count)
@@ -154,7 +154,7 @@ def _tail_view(
     return _TailView(rank=own[0], pick=pick, outside=outside, c=own[3] if len(own) > 3 else None)
 
 
-def _near_mask(geometry: Geometry, rows: Rows, radius: int, is_causal: bool) -> Tensor:
+def near_mask(geometry: Geometry, rows: Rows, radius: int, is_causal: bool) -> Tensor:
     """(batch or 1, 1, blocks, 1, block, width): keys of the window that are in near(i); a query always sees itself."""
     rank = geometry.rank if geometry.valid is None else torch.where(geometry.valid, geometry.rank, -1)
     keys = windows(rank[:, None, :, None], rows, radius, is_causal, fill=-1)
@@ -170,27 +170,36 @@ def window_width(radius: int, is_causal: bool, block: int) -> int:
     return block * (1 + (reach + block - 1) // block)
 
 
-def windows(x: Tensor, rows: Rows, radius: int, is_causal: bool, fill: float = 0) -> Tensor:
+def windows(
+    x: Tensor, rows: Rows, radius: int, is_causal: bool, fill: float = 0, dtype: torch.dtype | None = None
+) -> Tensor:
     """Keys around every block of `rows`: (batch, heads, blocks, width, dim), `fill` outside the row.
 
     Place t of block b is token `rows.start + b * block + t - radius`.
     """
     batch, heads, tokens, dim = x.shape
+    dtype = x.dtype if dtype is None else dtype
     block, blocks = rows.block, rows.num_blocks
     width = window_width(radius, is_causal, block)
     first, last = rows.start - radius, rows.start - radius + (blocks - 1) * block + width
     if rows.whole:
         # the last window always reaches the end of the row
-        padded = pad(x, (0, 0, radius, last - tokens), value=fill)
+        padded = pad(x, (0, 0, radius, last - tokens), value=fill).to(dtype)
     else:
         part = x[:, :, max(first, 0) : min(last, tokens)]
-        padded = pad(part, (0, 0, max(-first, 0), max(last - tokens, 0)), value=fill)
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and batch * heads == 1:
-        # a view with overlapping rows, which bmm reads without a copy
+        # converted before windows overlap, so once
+        padded = _padded(part.to(dtype), max(-first, 0), max(last - tokens, 0), fill)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and (batch * heads == 1 or not rows.whole):
+        # a view with overlapping rows, which products read without a copy
         return padded.unfold(2, width, block).transpose(-1, -2)
     cut = padded.view(batch, heads, blocks + width // block - 1, block, dim)
     pieces = [cut[:, :, step : step + blocks] for step in range(width // block)]
     return torch.cat(pieces, 3)
+
+
+def _padded(x: Tensor, before: int, after: int, fill: float = 0) -> Tensor:
+    """More tokens of `fill` around (batch, heads, tokens, dim); `pad` copies even where it adds none."""
+    return pad(x, (0, 0, before, after), value=fill) if before or after else x
 
 
 def _region_count(

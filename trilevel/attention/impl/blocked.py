@@ -26,6 +26,7 @@ from trilevel.attention.entries import (
 )
 from trilevel.attention.finite import finite_only, sees_any
 from trilevel.attention.geometry import Geometry, make_geometry, slot_view
+from trilevel.attention.near import near_attention
 from trilevel.attention.rows import Rows, SeenTail, View, compute_dtype, view_of, window_width, windows
 
 # logits of one streamed step: 1 MiB of float32, what a second-level cache holds
@@ -88,6 +89,8 @@ def _head_class(call: Call, geometry: Geometry, index: int, into: Tensor | None)
         out, lse = strict(call, geometry, q, k, v, weight)
     else:
         entries = _entries(call, geometry, index, k, v, weight)
+        if into is not None and _is_near_alone(call, q):
+            return near_attention(call, geometry, q, k, v, _block(call), into), into.new_zeros(())
         if into is not None and _is_long(call, q, entries):
             return into, _stream(call, geometry, q, k, v, entries, into)
         rows = Rows.all(q.shape[2], _block(call))
@@ -170,6 +173,11 @@ def _entries_per_query(call: Call, entries: Entries) -> int:
     return window_width(call.levels.radius, call.is_causal, _block(call)) + _tail_width(entries)
 
 
+def _is_near_alone(call: Call, q: Tensor) -> bool:
+    """Whether the fused kernel computes these heads, once they are known not to be strict regional or global ones."""
+    return call.levels.mode == "strict" and not call.needs_lse and q.device.type == "cpu"
+
+
 def _is_long(call: Call, q: Tensor, entries: Entries) -> bool:
     return q.shape[0] * q.shape[1] * q.shape[2] * _entries_per_query(call, entries) > STEP_LOGITS
 
@@ -203,7 +211,7 @@ def _attend_rows(call: Call, q: Tensor, k: Tensor, v: Tensor, entries: Entries, 
     groups, length = k.shape[1], rows.stop - rows.start
     queries = rows.vectors(q).to(compute_dtype(q)) * call.scale
     queries = queries.view(batch, groups, heads // groups, rows.num_blocks, rows.block, dim).transpose(2, 3)
-    k_near, v_near = (windows(x, rows, call.levels.radius, call.is_causal).to(queries.dtype) for x in (k, v))
+    k_near, v_near = (windows(x, rows, call.levels.radius, call.is_causal, dtype=queries.dtype) for x in (k, v))
     raw = _blockwise(queries, k_near.transpose(-1, -2))
     parts = [raw + view.near_bias]
     tail = None if view.tail is None else _TailRead(view.tail, queries, k, v)
@@ -300,7 +308,10 @@ def _shared(x: Tensor, y: Tensor) -> Tensor:
 
 def _remainder_logit(remainder: Remainder, view: View, queries: Tensor, raw: Tensor, tail: _TailRead | None) -> Tensor:
     """Mean logit of the tokens of the remainder plus log count, -inf for none."""
-    total = (queries * _sums(remainder.key_sum, view.rows)).sum(-1, keepdim=True)
+    if remainder.key_sum.shape[2] == 1:
+        total = _shared(queries, remainder.key_sum.transpose(-1, -2))
+    else:
+        total = (queries * view.rows.vectors(remainder.key_sum)).sum(-1, keepdim=True)
     if view.near_held is not None:
         total = total - (raw * view.near_held).sum(-1, keepdim=True)
     if tail is not None:
