@@ -58,8 +58,8 @@ def test_segments(kind: str) -> None:
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["windows", "wide"])
-def test_windows_of_grouped_heads(kind: str, kv_heads: int) -> None:
-    assert_same(inputs(Case(name=kind, tokens=211, heads=6, kv_heads=kv_heads, **STREAMED[kind])))
+def test_windows_of_grouped_heads_with_own_scale(kind: str, kv_heads: int) -> None:
+    assert_same(inputs(Case(name=kind, tokens=211, heads=6, kv_heads=kv_heads, scale=0.37, **STREAMED[kind])))
 
 
 @pytest.mark.parametrize("kind", STREAMED)
