@@ -16,14 +16,15 @@ from trilevel.attention import op
 from trilevel.attention.call import Call
 from trilevel.attention.finite import finite_only, sees_any
 from trilevel.attention.geometry import make_geometry
-from trilevel.attention.impl import blocked, reference
+from trilevel.attention.impl import blocked, reference, triton
 from trilevel.attention.levels import HeadSplit, LevelRatio, Levels
 from trilevel.errors import ConfigError, ImplementationError, ShapeError
 
-Impl = Literal["auto", "reference", "blocked"]
+Impl = Literal["auto", "reference", "blocked", "triton"]
 IMPLEMENTATIONS: dict[str, Callable[[Call], tuple[Tensor, Tensor | None]]] = {
     "reference": reference.attend,
     "blocked": blocked.attend,
+    "triton": triton.attend,
 }
 _log = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def multi_level_attention(
         num_segments: how many segments ids may name; required under `torch.compile` and `torch.export`.
         is_causal: a token sees the past and itself; `calibrated` only.
         scale: of the logits, default 1 / sqrt(dim).
-        impl: `auto`, `blocked` (portable) or `reference` (O(tokens^2), defines the truth).
+        impl: `auto`, `blocked` (portable), `triton` (CUDA) or `reference` (O(tokens^2), defines the truth).
         return_lse: return (output, log-sum-exp (batch, heads, tokens)) as well.
 
     Returns:
@@ -126,7 +127,7 @@ def multi_level_attention(
     Raises:
         ShapeError: shapes, types or ids do not fit.
         ConfigError: levels cannot do what is asked.
-        ImplementationError: unknown `impl`.
+        ImplementationError: unknown `impl`, or one that cannot run this call here.
 
     Source: this project's own; the closest published form is DeepSeek-V4's one softmax over window and compressed
     entries, which has no log-counts, remainder or head classes.
@@ -145,11 +146,20 @@ def multi_level_attention(
         if impl == "auto" and not return_lse:
             return dense_attention(call)
         call = _as_dense(call)
-    run = IMPLEMENTATIONS["blocked" if impl == "auto" else impl]
+    run = IMPLEMENTATIONS[_cheapest(call) if impl == "auto" else impl]
     if run is blocked.attend and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         run = op.attend
     out, lse = run(call)
     return out if lse is None or not return_lse else (out, lse)
+
+
+def _cheapest(call: Call) -> Impl:
+    """The implementation that `auto` runs."""
+    if not call.query.is_cuda or torch.compiler.is_compiling():
+        return "blocked"
+    missing = triton.obstacle(call)
+    _say_once("CUDA tensors run by impl='triton'" if missing is None else f"CUDA tensors run by 'blocked': {missing}")
+    return "triton" if missing is None else "blocked"
 
 
 def _runs_dense(call: Call) -> bool:

@@ -54,6 +54,15 @@ def sees_any(token: Tensor, geometry: Geometry, *, is_causal: bool) -> Tensor:
     return marked.cumsum(1) > before
 
 
+def hide_nonfinite(call: Call, geometry: Geometry) -> tuple[Call, Tensor | None]:
+    """Zero what no query may see, and say which rows see a non-finite token (None where all rows see all tokens)."""
+    if call.valid is None and not call.is_causal and call.segment is None:
+        return call, None
+    clean, bad, bad_query = finite_only(call)
+    seen = sees_any(bad, geometry, is_causal=call.is_causal) | bad_query
+    return clean, seen if call.valid is None else seen & call.valid
+
+
 def _finite(x: Tensor) -> Tensor:
     return x.isfinite().all(-1).all(1)
 
