@@ -13,6 +13,7 @@ endif
 endif
 
 SETUP := pyproject.toml constraints.txt
+NATIVE := trilevel/attention/native
 # the pinned torch goes first and alone, so that no other package can pull another build of it
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -36,21 +37,26 @@ $(VENV)/.torch: $(SETUP) | $(BIN)/python
 	@$(PIP_INSTALL) torch numpy
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.torch
+# rebuilt when a source changed; works without a compiler, and says so
+$(VENV)/.native: setup.py $(wildcard $(NATIVE)/*.h $(NATIVE)/*.cpp $(NATIVE)/*.py) | $(BIN)/python
+	@$(BIN)/python $(NATIVE)/build.py
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch | $(VENV)/.native
 	@$(PIP_INSTALL) --editable '.[demo]'
 	@touch $@
 
-$(VENV)/.all: $(VENV)/.torch
+$(VENV)/.all: $(VENV)/.torch | $(VENV)/.native
 	@$(PIP_INSTALL) --editable '.[all]'
 	@touch $@ $(VENV)/.demo
 
-demo: $(VENV)/.demo  ## summarise a 10,000-word document, dense against trilevel (DOC=path for your own)
+demo: $(VENV)/.demo $(VENV)/.native  ## summarise a 10,000-word document, dense against trilevel (DOC=path for your own)
 	@$(BIN)/trilevel demo $(if $(DOC),--doc "$(DOC)")
 
-test: lint types  ## lint, types and the default tests
+test: lint types $(VENV)/.native  ## lint, types and the default tests
 	@$(BIN)/pytest -n auto
 
-test-all: lint types  ## everything, the slow, gpu, arm, browser and ray tests included
+test-all: lint types $(VENV)/.native  ## everything, the slow, gpu, arm, browser and ray tests included
 	@$(BIN)/pytest -n auto -m ""
 
 lint: $(VENV)/.all  ## ruff: rules and format
@@ -64,7 +70,7 @@ format: $(VENV)/.all  ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format --quiet .
 
-bench: $(VENV)/.all  ## measure, keep benchmarks/results/*.json, rewrite the README figures
+bench: $(VENV)/.all $(VENV)/.native  ## measure, keep benchmarks/results/*.json, rewrite the README figures
 	@mkdir -p out
 	@for case in attention levels; do \
 	  $(BIN)/trilevel bench $$case --out benchmarks/results/$$case.json || failed=1; done; \
@@ -73,4 +79,4 @@ bench: $(VENV)/.all  ## measure, keep benchmarks/results/*.json, rewrite the REA
 	  $(BIN)/python scripts/figures.py; exit $${failed:-0}
 
 clean:  ## remove what make and the tests left, the environment included
-	@rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(NATIVE)/lib out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
