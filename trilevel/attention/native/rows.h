@@ -1,0 +1,134 @@
+// Reading and writing rows of the caller's tensors: type, stride, padding of the head dimension, rotary positions.
+#pragma once
+#include <cstdlib>
+#include <new>
+
+#include "abi.h"
+#include "engine.h"
+
+namespace trilevel {
+namespace {
+
+// memory for vector loads, 64-byte aligned, grown and never shrunk, not initialised
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Buffer(Buffer&& other) noexcept : data_(other.data_), size_(other.size_) { other.data_ = nullptr, other.size_ = 0; }
+  ~Buffer() { std::free(data_); }
+  T* get(int64_t size) {
+    if (size > size_) {
+      std::free(data_);
+      size_ = 0;
+      const size_t bytes = (size_t(size) * sizeof(T) + 63) / 64 * 64;
+      data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
+      if (!data_) throw std::bad_alloc();
+      size_ = size;
+    }
+    return data_;
+  }
+  T* data() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+inline void convert_bf16(const uint16_t* in, int count, float* out) {
+  typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
+  typedef uint32_t u32x16 __attribute__((vector_size(64)));
+  int c = 0;
+  for (; c + LANES <= count; c += LANES) {
+    const u16x16 x = *reinterpret_cast<const u16x16*>(in + c);
+    const u32x16 y = __builtin_convertvector(x, u32x16) << 16;
+    std::memcpy(out + c, &y, sizeof y);
+  }
+  for (; c < count; c++) out[c] = bf16_to_float(in[c]);
+}
+
+// rows of one head of one sequence
+struct Source {
+  const char* base;
+  int64_t stride;  // bytes from token to token
+  int dtype, dim, padded;
+  const float *cos, *sin;  // of the sequence, or null
+
+  const void* row(int64_t token) const { return base + token * stride; }
+
+  void read(int64_t token, float* out) const {
+    if (dtype == TRILEVEL_BF16)
+      convert_bf16(static_cast<const uint16_t*>(row(token)), dim, out);
+    else
+      std::memcpy(out, row(token), dim * sizeof(float));
+    for (int c = dim; c < padded; c++) out[c] = 0;
+    if (cos) rotate(token, out);
+  }
+
+  // the row itself where it can be read as it is, else `temp`
+  const float* view(int64_t token, float* temp) const {
+    if (dtype == TRILEVEL_F32 && dim == padded && !cos) return static_cast<const float*>(row(token));
+    read(token, temp);
+    return temp;
+  }
+
+ private:
+  void rotate(int64_t token, float* out) const {
+    const int half = dim / 2;
+    const float *a = cos + token * half, *b = sin + token * half;
+    for (int c = 0; c < half; c++) {
+      const float left = out[c], right = out[c + half];
+      out[c] = left * a[c] - right * b[c];
+      out[c + half] = right * a[c] + left * b[c];
+    }
+  }
+};
+
+inline Source source(const trilevel_call& call, const trilevel_tensor& x, int64_t b, int64_t head, int padded, bool rotated) {
+  const int64_t size = call.dtype == TRILEVEL_BF16 ? 2 : 4;
+  const int64_t tables = (call.rope_batch > 1 ? b : 0) * call.tokens * (call.dim / 2);
+  return {static_cast<const char*>(x.data) + (b * x.batch_stride + head * x.head_stride) * size,
+          x.token_stride * size,
+          call.dtype,
+          int(call.dim),
+          padded,
+          rotated && call.rope_cos ? call.rope_cos + tables : nullptr,
+          rotated && call.rope_sin ? call.rope_sin + tables : nullptr};
+}
+
+inline void write_row(const trilevel_call& call, const trilevel_tensor& x, int64_t b, int64_t head, int64_t token,
+                      const float* row) {
+  const int64_t at = b * x.batch_stride + head * x.head_stride + token * x.token_stride;
+  const int dim = int(call.dim);
+  if (call.dtype == TRILEVEL_F32) {
+    std::memcpy(static_cast<float*>(x.data) + at, row, dim * sizeof(float));
+    return;
+  }
+  uint16_t* out = static_cast<uint16_t*>(x.data) + at;
+  int c = 0;
+#if defined(__AVX512BF16__)
+  for (; c + LANES <= dim; c += LANES) {
+    const __m256bh y = _mm512_cvtneps_pbh(_mm512_loadu_ps(row + c));
+    std::memcpy(out + c, &y, 32);
+  }
+#endif
+  for (; c < dim; c++) out[c] = float_to_bf16(row[c]);
+}
+
+inline void add_row(float* total, const float* row, int padded) {
+  for (int c = 0; c < padded; c += LANES) store(total + c, load(total + c) + load(row + c));
+}
+
+inline void add_scaled(float* total, float factor, const float* row, int padded) {
+  for (int c = 0; c < padded; c += LANES) store(total + c, load(total + c) + factor * load(row + c));
+}
+
+inline float dot(const float* a, const float* b, int padded) {
+  lanes total{};
+  for (int c = 0; c < padded; c += LANES) total += load(a + c) * load(b + c);
+  return sum(total);
+}
+
+}  // namespace
+}  // namespace trilevel
