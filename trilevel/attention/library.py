@@ -133,9 +133,16 @@ def _best() -> _Choice:
             f"impl='native' has libraries for {', '.join(there)}, and this processor runs none of them. Build the one "
             f"for {build.BASELINE}: {build.AGAIN}; or use impl='auto'."
         )
-    better = there[: there.index(chosen)]
-    reason = f"the best of {', '.join(there)} that this processor runs" if better else "the best of those built"
-    return _Choice(chosen, load(_path(chosen)), reason)
+    return _Choice(chosen, load(_path(chosen)), _why(chosen))
+
+
+def _why(chosen: str) -> str:
+    """What keeps each better instruction set from being the active one, and from running threads."""
+    there, better = built(), list(build.TARGETS)[: list(build.TARGETS).index(chosen)]
+    notes = [f"{isa}: {'not run by this processor or its system' if isa in there else _record(isa)}" for isa in better]
+    if threads := build.read_record(FOLDER).get("threads"):
+        notes.append(f"threads: {threads}")
+    return "; ".join(notes) or "the best of this kind of processor"
 
 
 def _named(name: str) -> _Choice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -26,8 +27,9 @@ def info(
 
 
 def collect() -> dict[str, Any]:
-    """All facts as one JSON-able document: `machine`, `extras`, `implementations`, `data`, `trilevel`."""
+    """All facts as one JSON-able document: `machine`, `extras`, `implementations`, `native`, `data`, `trilevel`."""
     import trilevel
+    from trilevel.attention import library
     from trilevel.attention.api import IMPLEMENTATIONS
     from trilevel.report.machine import machine_block
 
@@ -35,6 +37,7 @@ def collect() -> dict[str, Any]:
         "trilevel": trilevel.__version__,
         "machine": machine_block(),
         "implementations": sorted(IMPLEMENTATIONS),
+        "native": dataclasses.asdict(library.status()),
         "extras": extras(),
         "data": os.environ.get("TRILEVEL_DATA"),
     }
@@ -78,6 +81,13 @@ def speeds(isa: list[str]) -> str:
     return ", ".join(f"{name} {'yes' if set(flags) & set(isa) else 'no'}" for name, flags in names.items())
 
 
+def kernels(native: dict[str, Any]) -> str:
+    """Which native kernels attention runs, which others are built, and why."""
+    active = native["active"] or "none"
+    built = ", ".join(native["built"]) or "none"
+    return f"{active} ({native['reason'].rstrip('.')}); built: {built}"
+
+
 def _machine_rows(facts: dict[str, Any]) -> dict[str, str]:
     machine = facts["machine"]
     memory = machine["memory_bytes"]
@@ -90,6 +100,7 @@ def _machine_rows(facts: dict[str, Any]) -> dict[str, str]:
         "memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
         "GPU": machine["gpu"] or "none",
         "attention implementations": ", ".join(facts["implementations"]),
+        "native kernels": kernels(facts["native"]),
         "TRILEVEL_DATA": facts["data"] or "not set",
     }
 
