@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from trilevel.attention import op
+from trilevel.attention import library, op
 from trilevel.attention.call import Call
 from trilevel.attention.finite import finite_only, sees_any
 from trilevel.attention.geometry import make_geometry
-from trilevel.attention.impl import blocked, reference, triton
+from trilevel.attention.impl import blocked, native, reference, triton
 from trilevel.attention.levels import HeadSplit, LevelRatio, Levels
 from trilevel.errors import ConfigError, ImplementationError, ShapeError
 
-Impl = Literal["auto", "reference", "blocked", "triton"]
+Impl = Literal["auto", "reference", "blocked", "native", "triton"]
 IMPLEMENTATIONS: dict[str, Callable[[Call], tuple[Tensor, Tensor | None]]] = {
     "reference": reference.attend,
     "blocked": blocked.attend,
+    "native": native.attend,
     "triton": triton.attend,
 }
 _log = logging.getLogger(__name__)
@@ -118,7 +119,8 @@ def multi_level_attention(
         num_segments: how many segments ids may name; required under `torch.compile` and `torch.export`.
         is_causal: a token sees the past and itself; `calibrated` only.
         scale: of the logits, default 1 / sqrt(dim).
-        impl: `auto`, `blocked` (portable), `triton` (CUDA) or `reference` (O(tokens^2), defines the truth).
+        impl: `auto`, `native` (C++ on a CPU), `triton` (CUDA), `blocked` (portable) or `reference` (O(tokens^2), defines
+            the truth).
         return_lse: return (output, log-sum-exp (batch, heads, tokens)) as well.
 
     Returns:
@@ -146,20 +148,67 @@ def multi_level_attention(
         if impl == "auto" and not return_lse:
             return dense_attention(call)
         call = _as_dense(call)
-    run = IMPLEMENTATIONS[_cheapest(call) if impl == "auto" else impl]
-    if run is blocked.attend and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        run = op.attend
-    out, lse = run(call)
+    out, lse = _run(_cheapest(call) if impl == "auto" else impl, call)
     return out if lse is None or not return_lse else (out, lse)
+
+
+def _run(impl: Impl, call: Call) -> tuple[Tensor, Tensor | None]:
+    local, others = call.split.local, call.split.regional + call.split.global_
+    if impl == "native" and call.levels.mode == "strict" and others:
+        # strict's other heads are small dense attention, which torch's own products run
+        parts = [_run("blocked", _heads(call, local, HeadSplit(0, call.split.regional, call.split.global_)))]
+        if local:
+            parts.insert(0, _run("native", _heads(call, 0, HeadSplit(local, 0, 0))))
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs, 1), torch.cat(lses, 1) if call.needs_lse else None
+    is_compiling = torch.compiler.is_compiling()
+    if impl == "native" and (is_compiling or _needs_gradients(call)):
+        return op.attend(call, "native")
+    if impl == "blocked" and is_compiling and not torch.compiler.is_exporting():
+        return op.attend(call, "blocked")
+    return IMPLEMENTATIONS[impl](call)
+
+
+def _heads(call: Call, start: int, split: HeadSplit) -> Call:
+    """The call with a run of its query heads alone."""
+    group = call.query.shape[1] // call.key.shape[1]
+    stop = start + sum(split)
+    pairs = slice(start // group, stop // group)
+    return replace(
+        call,
+        query=call.query[:, start:stop],
+        key=call.key[:, pairs],
+        value=call.value[:, pairs],
+        pool_weight=None if call.pool_weight is None else call.pool_weight[pairs],
+        score=call.score if split.global_ else None,
+        region_gate=call.region_gate if split.regional else None,
+        levels=replace(call.levels, ratio=LevelRatio(*split)),
+        split=split,
+    )
+
+
+def _needs_gradients(call: Call) -> bool:
+    given = (call.query, call.key, call.value, call.pool_weight, call.score)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
 
 
 def _cheapest(call: Call) -> Impl:
     """The implementation that `auto` runs."""
-    if not call.query.is_cuda or torch.compiler.is_compiling():
+    if call.query.is_cuda and not torch.compiler.is_compiling():
+        missing = triton.obstacle(call)
+        _say_once(f"CUDA tensors run by {'triton' if missing is None else 'blocked: ' + missing}")
+        return "triton" if missing is None else "blocked"
+    # an exported graph consists of torch's own operators
+    if torch.compiler.is_exporting() or native.obstacle(call) is not None or not _has_native():
         return "blocked"
-    missing = triton.obstacle(call)
-    _say_once("CUDA tensors run by impl='triton'" if missing is None else f"CUDA tensors run by 'blocked': {missing}")
-    return "triton" if missing is None else "blocked"
+    return "native"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_native() -> bool:
+    status = library.status()
+    _say_once(f"impl='auto' runs {status.active or 'blocked'} on a CPU: {status.reason}")
+    return status.active is not None
 
 
 def _runs_dense(call: Call) -> bool:

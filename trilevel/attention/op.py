@@ -1,19 +1,20 @@
-"""Multi-level attention as one operator, which is what `torch.compile` sees.
+"""Multi-level attention as one operator: what `torch.compile` sees, and what gives the native kernels gradients.
 
 Traced into, the blocks of a dynamic length cost the compiler minutes of symbolic arithmetic; as one operator a graph
 serves every length and compiles in seconds. The backward pass computes the forward again, so nothing of size
-tokens x window is kept. `torch.export` does not use it: an exported graph consists of torch's own operators.
+tokens x window is kept. `torch.export` does not use it unless `impl="native"` is asked for: an exported graph consists
+of torch's own operators.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trilevel.attention.call import Call
-from trilevel.attention.impl import blocked
+from trilevel.attention.impl import blocked, native
 from trilevel.attention.levels import LevelRatio, Levels
 
 # tensors that can have a gradient come first
@@ -21,20 +22,23 @@ TENSORS = ("query", "key", "value", "pool_weight", "score", "region_gate", "forc
 DIFFERENTIABLE = 6
 
 
-def attend(call: Call) -> tuple[Tensor, Tensor | None]:
-    """`blocked.attend` as one node of a compiled graph."""
+def attend(call: Call, impl: Literal["blocked", "native"]) -> tuple[Tensor, Tensor | None]:
+    """An implementation as one node of a graph, with gradients."""
     levels = call.levels
+    # the native backward pass starts from the log-sum-exp
+    needs_lse = call.needs_lse or impl == "native"
     out, lse = _attention(
         *(getattr(call, name) for name in TENSORS),
         list(levels.ratio.shares),
         levels.mode,
         levels.selection_gradient,
         [levels.window, levels.num_global_tokens, levels.num_sinks, call.num_segments],
-        [levels.union, call.is_causal, call.needs_lse],
+        [levels.union, call.is_causal, needs_lse],
         call.scale,
         levels.region_size,
         levels.num_regions,
         levels.selection_chunk,
+        impl,
     )
     return out, lse if call.needs_lse else None
 
@@ -98,11 +102,12 @@ def _attention(
     region_size: int | None,
     num_regions: int | None,
     selection_chunk: int | None,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     tensors = [query, key, value, pool_weight, score, region_gate, forced, valid, segment]
     rest = (ratio, mode, selection_gradient, sizes, flags, scale, region_size, num_regions, selection_chunk)
     with torch.no_grad():
-        out, lse = blocked.attend(_call(tensors, *rest))
+        out, lse = (native if impl == "native" else blocked).attend(_call(tensors, *rest))
     return out.contiguous(), query.new_empty(0) if lse is None else lse.contiguous()
 
 
@@ -118,6 +123,8 @@ def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
+    out: Tensor | None,
+    lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -136,10 +143,16 @@ def _attention_backward(
     region_size: int | None,
     num_regions: int | None,
     selection_chunk: int | None,
+    impl: str,
 ) -> list[Tensor]:
     given = [query, key, value, pool_weight, score, region_gate]
     places = [i for i, x in enumerate(given) if x is not None]
     rest = (ratio, mode, selection_gradient, sizes, flags, scale, region_size, num_regions, selection_chunk)
+    if impl == "native":
+        assert out is not None
+        assert lse is not None
+        grads = native.backward(_call([*given, forced, valid, segment], *rest), out, lse, grad_out, grad_lse)
+        return [grads[TENSORS[place]] for place in places]
 
     def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
         tensors = [*given, forced, valid, segment]
@@ -156,19 +169,21 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any) -> list[Tensor]:
+def _(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor | None, *rest: Any) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in rest[:DIFFERENTIABLE] if x is not None]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[: len(TENSORS)])
     ctx.rest = inputs[len(TENSORS) :]
+    made = output if ctx.rest[-1] == "native" else (None, None)
+    ctx.save_for_backward(*inputs[: len(TENSORS)], *made)
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     needs_lse = ctx.rest[4][2]
-    found = iter(_attention_backward(grad_out, grad_lse if needs_lse else None, *ctx.saved_tensors, *ctx.rest))
-    tensors = [None if x is None else next(found) for x in ctx.saved_tensors[:DIFFERENTIABLE]]
+    *given, out, lse = ctx.saved_tensors
+    found = iter(_attention_backward(grad_out, grad_lse if needs_lse else None, out, lse, *given, *ctx.rest))
+    tensors = [None if x is None else next(found) for x in given[:DIFFERENTIABLE]]
     return (*tensors, *[None] * (len(TENSORS) - DIFFERENTIABLE + len(ctx.rest)))
 
 

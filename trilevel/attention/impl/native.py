@@ -1,8 +1,8 @@
 """C++ kernels behind a plain C interface: near block, dense tail and folded remainder in one pass over the queries.
 
-Tensors are read through their strides, and memory beyond inputs and outputs is O(threads * window + entries). The backward
-pass computes probabilities again from the log-sum-exp and adds gradients up in a fixed order, so results do not depend on
-the number of threads. `attention/library.py` says which library of `attention/native` runs.
+Tensors are read through their strides, and memory beyond inputs and outputs is O(threads * window + entries). The
+backward pass computes probabilities again from the log-sum-exp and adds gradients up in a fixed order, so results do
+not depend on the number of threads. `attention/library.py` says which library of `attention/native` runs.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class _Grads(Structure):
     ]
 
 
-def unsupported(call: Call) -> str | None:
-    """Why the kernels cannot run a call, None when they can."""
+def obstacle(call: Call) -> str | None:
+    """Why the kernels cannot run a call, with what to do about it; None if they can."""
     tokens, dim = call.query.shape[2:]
     if call.query.device.type != "cpu":
         return f"tensors are on {call.query.device}; the kernels run on a CPU. Use impl='auto'."
@@ -66,8 +66,6 @@ def unsupported(call: Call) -> str | None:
         return f"the head dimension is {dim}, at most {MAX_DIM} is built in. Use impl='blocked'."
     if isinstance(tokens, int) and tokens > MAX_TOKENS:
         return f"rows have {tokens} tokens, at most {MAX_TOKENS} can be counted. Split the rows."
-    if call.levels.mode == "strict" and (call.split.regional or call.split.global_):
-        return "strict regional and global heads are small dense attentions, which torch runs. Use impl='blocked'."
     return None
 
 
@@ -108,7 +106,7 @@ class _Given:
     """A call as the kernels get it, and the tensors that must stay alive meanwhile."""
 
     def __init__(self, call: Call, out: Tensor, lse: Tensor | None) -> None:
-        reason = unsupported(call)
+        reason = obstacle(call)
         if reason is not None:
             raise ImplementationError(f"impl='native': {reason}")
         levels = call.levels
