@@ -119,8 +119,8 @@ def multi_level_attention(
         num_segments: how many segments ids may name; required under `torch.compile` and `torch.export`.
         is_causal: a token sees the past and itself; `calibrated` only.
         scale: of the logits, default 1 / sqrt(dim).
-        impl: `auto`, `native` (C++ on a CPU), `triton` (CUDA), `blocked` (portable) or `reference` (O(tokens^2), defines
-            the truth).
+        impl: `auto`, `native` (C++ on a CPU), `triton` (CUDA), `blocked` (portable) or `reference` (O(tokens^2),
+            defines the truth).
         return_lse: return (output, log-sum-exp (batch, heads, tokens)) as well.
 
     Returns:
