@@ -16,6 +16,9 @@ SEED = 20_241
 
 def pytest_configure(config: pytest.Config) -> None:
     """Fix what makes results depend on the machine, before any test module is imported."""
+    if not torch.cuda.is_available():
+        # impl="triton" then runs in Triton's interpreter; read once, when triton or a part of torch imports it
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(1)
     # fills torch.empty with NaN as well, so an output that nobody wrote shows
     torch.use_deterministic_algorithms(True)

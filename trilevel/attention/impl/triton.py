@@ -3,8 +3,8 @@
 What the heads see is built by torch (`entries.py`, `triton_seen.py`), so the gradients of pooling, selection and sums
 are torch's; the kernels are one autograd function of q, k, v, tail tokens, summaries and sums. They read and write
 through strides and keep O(tokens) between the passes. Logits and sums are float32, products of float32 in full
-precision. Tokens and counts may change from call to call without compiling again. Under `torch.compile` the call is a
-graph break, and there is no second derivative.
+precision. Tokens and counts may change from call to call without compiling again. It is not traced by `torch.compile`,
+and there is no second derivative.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ def attend(call: Call) -> tuple[Tensor, Tensor | None]:
     missing = obstacle(call)
     if missing is not None:
         raise ImplementationError(missing)
-    found: tuple[Tensor, Tensor | None] = _attend(call)
-    return found
+    return _attend(call)
 
 
 def obstacle(call: Call) -> str | None:
     """Why the call cannot run here, with what to do about it; None if it can."""
+    if torch.compiler.is_compiling():
+        return "impl='triton' is not traced by torch.compile and torch.export. Use impl='auto' in what you compile."
     x = call.query
     if x.dtype not in DTYPES:
         return f"impl='triton' computes in float32, bfloat16 and float16, got {x.dtype}. Cast, or use impl='blocked'."
@@ -64,7 +65,6 @@ def obstacle(call: Call) -> str | None:
     return None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attend(call: Call) -> tuple[Tensor, Tensor | None]:
     geometry = None
     if not _sees_windows_alone(call):

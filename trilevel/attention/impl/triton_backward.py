@@ -195,7 +195,7 @@ def part_of(first, last, part, parts, BM: tl.constexpr):
     return first + part * step, tl.minimum(first + (part + 1) * step, last)
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALISED, "parts"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def backward_tail(
     q, up, lse, rows, tail_key, tail_value, tail_rank, tail_bias, readers, delta, share, slope,
     grad_k, grad_v, grad_bias,
@@ -249,7 +249,7 @@ def backward_tail(
         tl.store(grad_bias + place + t, grad_c, mask=t < width)
 
 
-@triton.jit(do_not_specialize=[*UNSPECIALISED, "parts"])
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def backward_region(
     q, up, lse, rows, tail_rank, region_key, region_value, region_span, readers, delta, grad_k, grad_v,
     q_b, q_h, q_n, q_d, u_b, u_h, u_n, u_d, stat_b, rows_b, span_b, readers_b,

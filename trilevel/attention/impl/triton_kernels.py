@@ -33,8 +33,8 @@ NONE = tl.constexpr(2147483647)
 def dot(a, b, acc, UP: tl.constexpr):
     """`acc + a @ b`, float32 operands in full precision."""
     if UP:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="tf32x3")
+    return tl.dot(a, b, acc, input_precision="tf32x3")
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def fold(acc, top, total, logit, v, held, rest, REST: tl.constexpr, UP: tl.const
 
 
 # lengths and counts change from call to call: no kernel is compiled again for one that is 1 or a multiple of 16
-UNSPECIALISED = ["tokens", "stat_b", "rows_b", "span_b", "num_sets", "width", "num_regions"]
+UNSPECIALISED = ["tokens", "stat_b", "rows_b", "span_b", "readers_b", "parts", "num_sets", "width", "num_regions"]
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -132,17 +132,20 @@ def _on_device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _tiles(q: Tensor, shared: Shared) -> dict[str, int]:
-    """Queries and entries in a tile, and the head size that fills it."""
-    dim = q.shape[3]
+def tiles(dim: int, element_size: int, radius: int) -> dict[str, int]:
+    """Queries and entries in a tile, the head size that fills it, and warps: what fits the registers of sm_90."""
     full = max(16, 1 << (dim - 1).bit_length())
-    row_bytes = full * q.element_size()
-    if forward_kernels().INTERPRETED:
-        queries, entries = 16, 16
-    else:
-        queries = 64 if row_bytes <= 256 else 32
-        entries = 64 if shared.radius >= 64 and row_bytes <= 256 else 32
-    return {"DIM": dim, "D": full, "BM": queries, "BN": entries}
+    # products of float32 hold each operand in three parts
+    row_bytes = full * (element_size if element_size < 4 else 2 * element_size)
+    queries = max(16, min(64, 16_384 // row_bytes))
+    entries = 16 if row_bytes > 512 else 64 if radius >= 64 and row_bytes <= 128 else 32
+    return {"DIM": dim, "D": full, "BM": queries, "BN": entries, "num_warps": 4 if full <= 64 else 8}
+
+
+def _tiles(shared: Shared, q: Tensor) -> dict[str, int]:
+    found = tiles(q.shape[3], q.element_size(), shared.radius)
+    # small tiles let small tests cross their borders
+    return found | {"BM": 16, "BN": 16} if forward_kernels().INTERPRETED else found
 
 
 def _stride(name: str, x: Tensor) -> dict[str, int]:
@@ -163,7 +166,7 @@ def _entries(one: _Class, absent: Tensor) -> dict[str, Any]:
 def _common(shared: Shared, one: _Class, q: Tensor) -> dict[str, Any]:
     return {
         **one.counts(),
-        **_tiles(q, shared),
+        **_tiles(shared, q),
         "stat_b": q.shape[1] * q.shape[2],
         "rows_b": _batch_stride(one.seen.rows),
         "span_b": _batch_stride(one.seen.span),
@@ -188,7 +191,7 @@ def _forward(
     forward_kernels().forward[grid](
         q=q, k=k, v=v, out=out, lse=lse, rest_logit=rest_logit, **_entries(one, q),
         **_stride("q", q), **_stride("k", k), **_stride("v", v), **_stride("o", out),
-        heads=heads, group=heads // k.shape[1], **common, **one.switches(), num_warps=4, num_stages=2,
+        heads=heads, group=heads // k.shape[1], **common, **one.switches(), num_stages=2,
     )  # fmt: skip
 
 
@@ -223,7 +226,7 @@ class _Backward:
             "batch": self.q.shape[0], **more,
         }  # fmt: skip
         wanted = {name: given[name] for name in kernel.arg_names}
-        kernel[(programs,)](**wanted, num_warps=4, num_stages=2)
+        kernel[(programs,)](**wanted, num_warps=self.common["num_warps"], num_stages=2)
 
     def _query(self, grad_q: Tensor) -> None:
         batch, heads, tokens, _ = self.q.shape
