@@ -42,6 +42,20 @@ def _cell(row: dict[str, Any]) -> str:
     return text if memory is None else f"{text}, {memory / 2**20:,.0f} MiB"
 
 
+def gpu_table(report: Report) -> Table:
+    """Microseconds of each contender on the GPU, or why there are none."""
+    table = Table(title="attention on a GPU", title_justify="left")
+    for column in ("contender", "us", "times faster than dense", "times ours", "what is inside"):
+        table.add_column(column, justify="left" if column in ("contender", "what is inside") else "right")
+    for row in report.rows:
+        checked = f"checked, error {row['error']:.1e}" if "error" in row else row["status"]
+        state = checked if row["status"] == "measured" else f"{row['status']}: {row['reason']}"
+        ratios = (f"{row[name]:.1f}" if name in row else "" for name in ("dense_over_this", "this_over_ours"))
+        time = f"{1e3 * row['median_ms']:,.1f}" if "median_ms" in row else state
+        table.add_row(row["contender"], time, *ratios, row["scope"])
+    return table
+
+
 def levels_table(report: Report) -> Table:
     """Accuracy of each variant of the levels on each task."""
     table = Table(title="accuracy in per cent: mean (lowest to highest seed)", title_justify="left")

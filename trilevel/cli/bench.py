@@ -53,6 +53,24 @@ def attention(
 
 
 @app.command()
+def gpu(as_json: Json = False, smoke: Smoke = False, out: Out = None) -> None:
+    """Our Triton kernels at 16,384 tokens beside FlexAttention and FlashAttention. Needs an NVIDIA GPU (a minute)."""
+    import os
+
+    import torch
+
+    if smoke and not torch.cuda.is_available():
+        # read when triton is imported, which parts of torch may do
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    from trilevel.bench.gpu import GpuCase, run
+    from trilevel.bench.show import gpu_table
+
+    with _progress() as progress:
+        report = run(GpuCase.smoke() if smoke else GpuCase(), progress)
+    _finish(report, [gpu_table(report)], as_json=as_json, out=out)
+
+
+@app.command()
 def levels(
     as_json: Json = False,
     smoke: Smoke = False,
