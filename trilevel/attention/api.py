@@ -154,6 +154,8 @@ def multi_level_attention(
 
 def _run(impl: Impl, call: Call) -> tuple[Tensor, Tensor | None]:
     local, others = call.split.local, call.split.regional + call.split.global_
+    if impl == "native":
+        native.check(call)
     if impl == "native" and call.levels.mode == "strict" and others:
         # strict's other heads are small dense attention, which torch's own products run
         parts = [_run("blocked", _heads(call, local, HeadSplit(0, call.split.regional, call.split.global_)))]
@@ -369,13 +371,16 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     if key.shape != value.shape:
         raise ShapeError(f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape.")
     batch, heads, tokens, dim = query.shape
+    for name, size in (("row", batch), ("head", key.shape[1]), ("token", tokens), ("dimension", dim)):
+        if isinstance(size, int) and size < 1:
+            raise ShapeError(
+                f"query {tuple(query.shape)}, key {tuple(key.shape)} have no {name}; at least one is needed."
+            )
     if (key.shape[0], key.shape[2], key.shape[3]) != (batch, tokens, dim) or heads % key.shape[1]:
         raise ShapeError(
             f"query {tuple(query.shape)} needs key and value of shape (batch={batch}, a divisor of {heads} heads, "
             f"tokens={tokens}, dim={dim}), got {tuple(key.shape)}."
         )
-    if isinstance(tokens, int) and tokens < 1:
-        raise ShapeError(f"query {tuple(query.shape)} has no token; at least one is needed.")
 
 
 def _check_shape(name: str, given: Tensor | None, wanted: tuple[int, ...]) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from trilevel.attention.call import Call
+from trilevel.attention.finite import sees_any
+from trilevel.attention.geometry import make_geometry
 from trilevel.attention.library import library
 from trilevel.errors import ImplementationError
 
@@ -69,18 +71,49 @@ def obstacle(call: Call) -> str | None:
     return None
 
 
+def check(call: Call) -> None:
+    """Raises:
+    ImplementationError: the kernels cannot run this call.
+    """
+    reason = obstacle(call)
+    if reason is not None:
+        raise ImplementationError(f"impl='native': {reason}")
+
+
 def attend(call: Call) -> tuple[Tensor, Tensor | None]:
     """Outputs (batch, heads, tokens, dim), tokens before heads in memory, and log-sum-exp; gradients are not recorded.
 
     Raises:
         ImplementationError: the kernels are not built, or cannot run this call.
     """
+    # before memory is taken for the outputs
+    check(call)
     batch, heads, tokens, dim = call.query.shape
     out = call.query.new_empty(batch, tokens, heads, dim).transpose(1, 2)
     lse = call.query.new_empty(batch, heads, tokens, dtype=torch.float32) if call.needs_lse else None
     given = _Given(call, out, lse)
     _check(library().trilevel_forward(byref(given.struct)))
+    if call.score is not None and call.split.global_ and not bool(call.score.isfinite().all()):
+        _show_bad_scores(call, call.score, out, lse)
     return out, lse
+
+
+def _show_bad_scores(call: Call, score: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    """NaN in the global heads of every query that sees a token whose score is not finite; the kernels take it for 0."""
+    geometry = make_geometry(
+        score.shape[1],
+        radius=0,
+        valid=call.valid,
+        segment=call.segment,
+        num_segments=call.num_segments,
+        is_causal=call.is_causal,
+        device=score.device,
+    )
+    seen = sees_any(~score.isfinite(), geometry, is_causal=call.is_causal)
+    seen = (seen if call.valid is None else seen & call.valid)[:, None]
+    out[:, -call.split.global_ :].masked_fill_(seen[..., None], torch.nan)
+    if lse is not None:
+        lse[:, -call.split.global_ :].masked_fill_(seen, torch.nan)
 
 
 def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> dict[str, Tensor]:
@@ -106,9 +139,7 @@ class _Given:
     """A call as the kernels get it, and the tensors that must stay alive meanwhile."""
 
     def __init__(self, call: Call, out: Tensor, lse: Tensor | None) -> None:
-        reason = obstacle(call)
-        if reason is not None:
-            raise ImplementationError(f"impl='native': {reason}")
+        check(call)
         levels = call.levels
         batch, heads, tokens, dim = call.query.shape
         query, key, value = (_rows(x) for x in (call.query, call.key, call.value))
@@ -136,7 +167,8 @@ class _Given:
             dtype=DTYPES[query.dtype],
             split=(c_int32 * 3)(*call.split),
             radius=min(levels.radius, tokens),
-            region_size=min(levels.region_size or 0, 2**31 - 1),
+            # of one token more than there are: no region is complete, as with any larger size
+            region_size=min(levels.region_size or 0, tokens + 1),
             num_regions=min(levels.num_regions or 0, tokens),
             num_global=min(levels.num_global_tokens, tokens),
             num_sinks=min(levels.num_sinks, tokens),
