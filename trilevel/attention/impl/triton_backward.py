@@ -190,7 +190,7 @@ def backward_near(
 
 @triton.jit
 def part_of(first, last, part, parts, BM: tl.constexpr):
-    """The queries from `first` to `last` that are this program's."""
+    """The queries from `first` to `last` that are this program's: whole tiles, so that no two share one."""
     step = tl.cdiv(tl.cdiv(tl.maximum(last - first, 0), BM), parts) * BM
     return first + part * step, tl.minimum(first + (part + 1) * step, last)
 
@@ -228,19 +228,18 @@ def backward_tail(
         for m0 in range(first, last, BM):
             at = m0 + tl.arange(0, BM)
             real, low, high = near_interval(rows, at, tokens, radius, TABLE)
-            mine = real & (at < last)
             own = own_set(rows, at, tokens, TABLE)
-            queries = vectors(q + row * q_b + head * q_h, at, mine, q_n, q_d, DIM, D)
-            up_rows = vectors(up + row * u_b + head * u_h, at, mine, u_n, u_d, DIM, D)
-            norm = statistic(lse + stat, at, mine, 0.0) * LOG2E
-            rank, seen = tail_seen(tail_rank, t, t < width, tl.where(mine, own, -1), number, low, high, CAUSAL)
-            change = statistic(delta + stat, at, mine, 0.0)
+            queries = vectors(q + row * q_b + head * q_h, at, real, q_n, q_d, DIM, D)
+            up_rows = vectors(up + row * u_b + head * u_h, at, real, u_n, u_d, DIM, D)
+            norm = statistic(lse + stat, at, real, 0.0) * LOG2E
+            rank, seen = tail_seen(tail_rank, t, t < width, own, number, low, high, CAUSAL)
+            change = statistic(delta + stat, at, real, 0.0)
             weight, grad = pull(queries, keys, values, up_rows, norm, change, base2, bias, seen, BM, BN, UP)
             grad_c += tl.sum(grad, 0)
             if REST:
                 held = held_mask(seen, rank, rows, at, tokens, TABLE)
-                weight -= tl.where(held, statistic(share + stat, at, mine, 0.0)[:, None], 0.0)
-                grad -= tl.where(held, statistic(slope + stat, at, mine, 0.0)[:, None], 0.0)
+                weight -= tl.where(held, statistic(share + stat, at, real, 0.0)[:, None], 0.0)
+                grad -= tl.where(held, statistic(slope + stat, at, real, 0.0)[:, None], 0.0)
             grad_key, grad_value = push(grad_key, grad_value, weight, grad, queries, up_rows, UP)
     place += part.to(tl.int64) * batch * kv_heads * num_sets * width
     store_vectors(grad_k, place + t, t < width, DIM, 1, grad_key * scale, DIM, D)
@@ -279,17 +278,16 @@ def backward_region(
         for m0 in range(first, last, BM):
             at = m0 + tl.arange(0, BM)
             real, low, high = near_interval(rows, at, tokens, radius, TABLE)
-            mine = real & (at < last)
             own = own_set(rows, at, tokens, TABLE)
-            queries = vectors(q + row * q_b + head * q_h, at, mine, q_n, q_d, DIM, D)
-            up_rows = vectors(up + row * u_b + head * u_h, at, mine, u_n, u_d, DIM, D)
-            norm = statistic(lse + stat, at, mine, 0.0) * LOG2E
+            queries = vectors(q + row * q_b + head * q_h, at, real, q_n, q_d, DIM, D)
+            up_rows = vectors(up + row * u_b + head * u_h, at, real, u_n, u_d, DIM, D)
+            norm = statistic(lse + stat, at, real, 0.0) * LOG2E
             bias = region_bias(
                 rows, region_span, tail_rank, at, r, low, high, own, tokens, num_regions, width,
                 BM, BN, TABLE, CAUSAL, TAIL, UP,
             )  # fmt: skip
-            seen = mine[:, None] & (bias > float("-inf"))
-            change = statistic(delta + stat, at, mine, 0.0)
+            seen = real[:, None] & (bias > float("-inf"))
+            change = statistic(delta + stat, at, real, 0.0)
             weight, grad = pull(queries, keys, values, up_rows, norm, change, base2, bias, seen, BM, BN, UP)
             grad_key, grad_value = push(grad_key, grad_value, weight, grad, queries, up_rows, UP)
     place += part.to(tl.int64) * batch * kv_heads * num_regions
