@@ -31,11 +31,11 @@ FLAGS = (
     "-fno-trapping-math", "-Wall", "-Wextra", "-Wno-maybe-uninitialized",
 )  # fmt: skip
 THREADS = "-fopenmp"
-_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512")
 _X86 = {
-    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DTRILEVEL_USE_AMX"),
-    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
-    "avx512": _AVX512,
+    "amx": (*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DTRILEVEL_USE_AMX"),
+    "avx512_bf16": (*AVX512, "-mavx512bf16"),
+    "avx512": AVX512,
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "portable": (),
 }
