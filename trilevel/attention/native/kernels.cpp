@@ -3,7 +3,7 @@
 #include <string>
 
 #include "backward.h"
-#include "features.h"
+#include "isa.h"
 
 namespace {
 
