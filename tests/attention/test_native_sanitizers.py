@@ -12,7 +12,7 @@ from trilevel.attention import library
 from trilevel.attention.native import build
 
 pytestmark = [needs_library, pytest.mark.slow, pytest.mark.timeout(600)]
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g1")
 
 
 def _runtime() -> str:
@@ -42,7 +42,7 @@ def test_random_calls(isa: str, tmp_path: Path) -> None:
     for threads in ("1", "2"):
         run_script(
             "native_check",
-            *("--count", "100", "--seed", threads, "--library", str(path)),
+            *("--count", "40", "--seed", threads, "--library", str(path)),
             timeout_s=300,
             LD_PRELOAD=runtime,
             ASAN_OPTIONS="detect_leaks=0",
