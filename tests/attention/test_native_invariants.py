@@ -298,7 +298,7 @@ def test_large_logits_do_not_overflow(kind: str, scale: float, dtype: torch.dtyp
     finite = wanted["lse"].isfinite()
     assert found["lse"].isfinite().equal(finite)
     error = (found["lse"] - wanted["lse"])[finite].abs().max()
-    assert error <= (1e-6 if dtype == torch.float32 else 2**-7) * wanted["lse"][finite].abs().max()
+    assert error <= (1e-6 if dtype == torch.float32 else 2**-6) * wanted["lse"][finite].abs().max()
     for name in ("query", "key", "value", "pool_weight"):
         # probabilities are at most 1 in the backward pass as well
         assert found[name].isfinite().all(), name

@@ -154,8 +154,6 @@ def multi_level_attention(
 
 def _run(impl: Impl, call: Call) -> tuple[Tensor, Tensor | None]:
     local, others = call.split.local, call.split.regional + call.split.global_
-    if impl == "native":
-        native.check(call)
     if impl == "native" and call.levels.mode == "strict" and others:
         # strict's other heads are small dense attention, which torch's own products run
         parts = [_run("blocked", _heads(call, local, HeadSplit(0, call.split.regional, call.split.global_)))]
@@ -163,11 +161,11 @@ def _run(impl: Impl, call: Call) -> tuple[Tensor, Tensor | None]:
             parts.insert(0, _run("native", _heads(call, 0, HeadSplit(local, 0, 0))))
         outs, lses = zip(*parts, strict=True)
         return torch.cat(outs, 1), torch.cat(lses, 1) if call.needs_lse else None
-    is_compiling = torch.compiler.is_compiling()
-    if impl == "native" and (is_compiling or _needs_gradients(call)):
-        return op.attend(call, "native")
-    if impl == "blocked" and is_compiling and not torch.compiler.is_exporting():
-        return op.attend(call, "blocked")
+    is_traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    if impl == "auto" or (impl == "blocked" and is_traced):
+        return op.attend(call, impl)
+    if impl == "native" and (torch.compiler.is_compiling() or _needs_gradients(call)):
+        return op.attend(call, impl)
     return IMPLEMENTATIONS[impl](call)
 
 
@@ -195,22 +193,19 @@ def _needs_gradients(call: Call) -> bool:
 
 
 def _cheapest(call: Call) -> Impl:
-    """The implementation that `auto` runs."""
-    if call.query.is_cuda and not torch.compiler.is_compiling():
+    """The implementation that `auto` runs; `auto` again where the graph's node decides."""
+    if torch.compiler.is_compiling():
+        # an exported graph consists of torch's own operators
+        return "blocked" if torch.compiler.is_exporting() else "auto"
+    if call.query.is_cuda:
         missing = triton.obstacle(call)
         _say_once(f"CUDA tensors run by {'triton' if missing is None else 'blocked: ' + missing}")
         return "triton" if missing is None else "blocked"
-    # an exported graph consists of torch's own operators
-    if torch.compiler.is_exporting() or native.obstacle(call) is not None or not _has_native():
-        return "blocked"
-    return "native"
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _has_native() -> bool:
-    status = library.status()
-    _say_once(f"impl='auto' runs {status.active or 'blocked'} on a CPU: {status.reason}")
-    return status.active is not None
+    missing = native.obstacle(call)
+    if missing is None and not library.is_available():
+        missing = library.status().reason
+    _say_once(f"CPU tensors run by {'native kernels' if missing is None else 'blocked: ' + missing}")
+    return "native" if missing is None else "blocked"
 
 
 def _runs_dense(call: Call) -> bool:
@@ -323,6 +318,19 @@ def validated(
 ) -> Call:
     """The arguments of `multi_level_attention` as a call, or the error that says what is wrong with them."""
     _check_qkv(query, key, value)
+    for name, given in (
+        ("key", key),
+        ("value", value),
+        ("pool_weight", pool_weight),
+        ("global_score", global_score),
+        ("global_prior", global_prior),
+        ("global_forced", global_forced),
+        ("region_gate", region_gate),
+        ("padding_mask", padding_mask),
+        ("segment_ids", segment_ids),
+    ):
+        if given is not None and given.device != query.device:
+            raise ShapeError(f"{name} is on {given.device}, query on {query.device}; move {name} there.")
     if is_causal and levels.mode == "strict":
         raise ConfigError("mode='strict' is bidirectional, got is_causal=True. Use Levels(mode='calibrated').")
     if is_causal and levels.region_size is None and (levels.ratio.regional or levels.union):

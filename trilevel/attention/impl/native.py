@@ -3,6 +3,7 @@
 Tensors are read through their strides, and memory beyond inputs and outputs is O(threads * window + entries). The
 backward pass computes probabilities again from the log-sum-exp and adds gradients up in a fixed order, so results do
 not depend on the number of threads. `attention/library.py` says which library of `attention/native` runs.
+Threads do not survive a fork: a forked child calls `torch.set_num_threads(1)` first, as for torch's own operators.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from trilevel.attention.call import Call
 from trilevel.attention.finite import sees_any
 from trilevel.attention.geometry import make_geometry
-from trilevel.attention.library import library
+from trilevel.attention.library import is_available, library
 from trilevel.errors import ImplementationError
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -78,6 +79,12 @@ def check(call: Call) -> None:
     reason = obstacle(call)
     if reason is not None:
         raise ImplementationError(f"impl='native': {reason}")
+
+
+def suits(call: Call) -> bool:
+    """Whether `impl="auto"` may choose the kernels for a call: they are built and run all of its heads."""
+    is_split = call.levels.mode == "strict" and call.split.regional + call.split.global_ > 0
+    return not is_split and obstacle(call) is None and is_available()
 
 
 def attend(call: Call) -> tuple[Tensor, Tensor | None]:
