@@ -22,11 +22,11 @@ TENSORS = ("query", "key", "value", "pool_weight", "score", "region_gate", "forc
 DIFFERENTIABLE = 6
 
 
-def attend(call: Call, impl: Literal["blocked", "native"]) -> tuple[Tensor, Tensor | None]:
-    """An implementation as one node of a graph, with gradients."""
+def attend(call: Call, impl: Literal["auto", "blocked", "native"]) -> tuple[Tensor, Tensor | None]:
+    """An implementation as one node of a graph, with gradients; `auto` is decided when the node runs."""
     levels = call.levels
     # the native backward pass starts from the log-sum-exp
-    needs_lse = call.needs_lse or impl == "native"
+    needs_lse = call.needs_lse or impl != "blocked"
     out, lse = _attention(
         *(getattr(call, name) for name in TENSORS),
         list(levels.ratio.shares),
@@ -82,6 +82,15 @@ def _call(
     )
 
 
+def _tokens_first(x: Tensor) -> Tensor:
+    """Tokens before heads in memory, as the output projection reads them and the implementations write them."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _is_native(impl: str, call: Call) -> bool:
+    return impl == "native" or (impl == "auto" and native.suits(call))
+
+
 @torch.library.custom_op("trilevel::attention", mutates_args=())
 def _attention(
     query: Tensor,
@@ -106,9 +115,10 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     tensors = [query, key, value, pool_weight, score, region_gate, forced, valid, segment]
     rest = (ratio, mode, selection_gradient, sizes, flags, scale, region_size, num_regions, selection_chunk)
+    call = _call(tensors, *rest)
     with torch.no_grad():
-        out, lse = (native if impl == "native" else blocked).attend(_call(tensors, *rest))
-    return out.contiguous(), query.new_empty(0) if lse is None else lse.contiguous()
+        out, lse = (native if _is_native(impl, call) else blocked).attend(call)
+    return _tokens_first(out), query.new_empty(0) if lse is None else lse.contiguous()
 
 
 @_attention.register_fake
@@ -116,7 +126,7 @@ def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     needs_lse = rest[12][2]
     shape = query.shape[:3] if needs_lse else (0,)
     kind = torch.promote_types(query.dtype, torch.float32) if needs_lse else query.dtype
-    return query.new_empty(query.shape), query.new_empty(shape, dtype=kind)
+    return _tokens_first(query.new_empty(query.shape)), query.new_empty(shape, dtype=kind)
 
 
 @torch.library.custom_op("trilevel::attention_backward", mutates_args=())
@@ -175,7 +185,7 @@ def _(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor | None, lse: Tensor
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.rest = inputs[len(TENSORS) :]
-    made = output if ctx.rest[-1] == "native" else (None, None)
+    made = (None, None) if ctx.rest[-1] == "blocked" else output
     ctx.save_for_backward(*inputs[: len(TENSORS)], *made)
 
 

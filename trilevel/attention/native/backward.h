@@ -67,6 +67,12 @@ struct GradScratch {
   Buffer<float> rows, queries, grad_rows, grad_queries, scores, products, grad_query, own, entry_grads;
 };
 
+// e^(score - lse); rounding of huge scores must not take it above 1
+inline lanes probability(lanes score, lanes lse) {
+  const lanes x = score - lse;
+  return exp_neg(x > 0 ? lanes{} : x);
+}
+
 // gradients of a tile of one head
 struct BackwardTile {
   Walker<F32>& walker;
@@ -109,27 +115,27 @@ struct BackwardTile {
     float* products = scratch.products.get(most * LANES);
     lanes delta, lse;
     walker.read_queries(view, head, rows);
+    for (int c = 0; c < LANES * padded; c += LANES) store(rows + c, load(rows + c) * walker.call.scale);
     read_grads(view, head, grad_rows, delta, lse);
-    F32::put_queries(queries, rows, padded);
-    F32::put_queries(grad_queries, grad_rows, padded);
+    F32::put_queries(queries, rows, padded, padded);
+    F32::put_queries(grad_queries, grad_rows, padded, padded);
     float* grad_query = scratch.grad_query.get(LANES * padded);
 
     const int at = view.begin - walker.pack_begin;
-    F32::score(walker.keys, at, n, queries, padded, scores, nullptr);
-    F32::score(walker.values, at, n, grad_queries, padded, products, nullptr);
+    F32::score(walker.keys, at, n, queries, padded, scores);
+    F32::score(walker.values, at, n, grad_queries, padded, products);
     lanes share{}, epsilon{};
     if (has_rest) {
       lanes count;
-      ilanes some;
-      const lanes logit = rest_logit(view, rest, in_past, rows, padded, scores, count);
-      const lanes mean = rest_mean(view, {rest.value, nullptr, rest.count}, in_past, grad_rows, padded, products, count, some);
-      const lanes p = exp_neg(logit - lse);
+      const lanes logit = rest_logit(view, rest, in_past, rows, padded, scores, 1.0f, count);
+      const lanes mean = rest_product(view, rest.value, in_past, grad_rows, padded, products) / count;
+      const lanes p = probability(logit, lse);
       share = p / count;
       epsilon = share * (mean - delta);
     }
     for (int j = 0; j < n; j++) {
       const ilanes near = view.near(j);
-      lanes w = select(near, exp_neg(load(scores + j * LANES) - lse), lanes{});
+      lanes w = select(near, probability(load(scores + j * LANES), lse), lanes{});
       lanes e = select(near, w * (load(products + j * LANES) - delta), lanes{});
       if (has_rest && in_past) {
         const ilanes past = view.past(j);
@@ -177,11 +183,11 @@ struct BackwardTile {
             const float* grad_queries, float* scores, float* products, lanes delta, lanes lse, float* grad_query) {
     for (int first = 0; first < tail.rows; first += TAIL_CHUNK) {
       const int n = std::min(TAIL_CHUNK, tail.rows - first);
-      F32::score(tail.key_f32, first, n, queries, padded, scores, nullptr);
-      F32::score(tail.value_f32, first, n, grad_queries, padded, products, nullptr);
+      F32::score(tail.key_f32, first, n, queries, padded, scores);
+      F32::score(tail.value_f32, first, n, grad_queries, padded, products);
       for (int j = 0; j < n; j++) {
         const lanes bias = tail.bias_of(first + j);
-        const lanes w = exp_neg(load(scores + j * LANES) + bias - lse);
+        const lanes w = probability(load(scores + j * LANES) + bias, lse);
         store(scores + j * LANES, select(bias > all(-INF), w * (load(products + j * LANES) - delta), lanes{}));
         store(products + j * LANES, w);
       }

@@ -33,17 +33,24 @@ struct Reach {
 template <int Q, int C>
 inline void mix_block(const float* weights, int begin, int end, const float* values, int64_t stride, float* out, int dim) {
   lanes sum[Q][C];
+#pragma GCC unroll 16
   for (int q = 0; q < Q; q++)
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++) sum[q][c] = load(out + q * dim + c * LANES);
   for (int j = begin; j < end; j++) {
     lanes value[C];
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++) value[c] = load(values + j * stride + c * LANES);
+#pragma GCC unroll 16
     for (int q = 0; q < Q; q++) {
       const lanes w = all(weights[j * LANES + q]);
+#pragma GCC unroll 16
       for (int c = 0; c < C; c++) sum[q][c] += w * value[c];
     }
   }
+#pragma GCC unroll 16
   for (int q = 0; q < Q; q++)
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++) store(out + q * dim + c * LANES, sum[q][c]);
 }
 
@@ -62,11 +69,14 @@ inline void mix_f32(const float* weights, int rows, const Reach* reach, const fl
 template <int R>
 inline void score_block(const float* keys, int64_t stride, const float* queries, int dim, float* out) {
   lanes sum[R];
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++) sum[r] = lanes{};
   for (int c = 0; c < dim; c++) {
     const lanes q = load(queries + c * LANES);
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++) sum[r] += q * keys[r * stride + c];
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++) store(out + r * LANES, sum[r]);
 }
 
@@ -84,11 +94,14 @@ inline void spread_f32(const float* weights, int rows, const float* queries, int
   for (; j + MIX_QUERIES <= rows; j += MIX_QUERIES) {
     for (int c = 0; c < dim; c += LANES) {
       lanes sum[MIX_QUERIES];
+#pragma GCC unroll 16
       for (int r = 0; r < MIX_QUERIES; r++) sum[r] = load(out + (j + r) * stride + c);
       for (int q = 0; q < LANES; q++) {
         const lanes x = load(queries + q * dim + c);
+#pragma GCC unroll 16
         for (int r = 0; r < MIX_QUERIES; r++) sum[r] += x * weights[(j + r) * LANES + q];
       }
+#pragma GCC unroll 16
       for (int r = 0; r < MIX_QUERIES; r++) store(out + (j + r) * stride + c, sum[r]);
     }
   }
@@ -100,8 +113,8 @@ inline void spread_f32(const float* weights, int rows, const float* queries, int
     }
 }
 
-inline void transpose_rows(const float* rows, int dim, float* out) {
-  for (int c = 0; c < dim; c += LANES) transpose16(rows + c, dim, out + c * LANES, LANES);
+inline void transpose_rows(const float* rows, int64_t stride, int dim, float* out) {
+  for (int c = 0; c < dim; c += LANES) transpose16(rows + c, stride, out + c * LANES, LANES);
 }
 
 // float32 everywhere; entries are plain rows
@@ -121,8 +134,8 @@ struct F32 {
   static int64_t value_floats(int rows, int dim) { return int64_t(rows) * dim; }
   static int64_t key_floats(int rows, int dim) { return int64_t(rows) * dim; }
   // rows: (16, dim) float32
-  static void put_queries(float* queries, const float* rows, int dim) { transpose_rows(rows, dim, queries); }
-  static void score(const Key* keys, int row, int rows, const float* queries, int dim, float* out, float*) {
+  static void put_queries(float* queries, const float* rows, int64_t stride, int dim) { transpose_rows(rows, stride, dim, queries); }
+  static void score(const Key* keys, int row, int rows, const float* queries, int dim, float* out) {
     score_f32(keys + int64_t(row) * dim, dim, rows, queries, dim, out);
   }
   static void mix(const float* weights, int rows, const Reach* reach, const Value* values, int row, int dim, float* out,
@@ -135,23 +148,13 @@ struct F32 {
 
 inline __m512i to_m512i(lanes x) { return _mm512_castps_si512((__m512)x); }
 
-// dword r of row c: bfloat16 pair (2c, 2c + 1) of row r; both bf16 engines keep queries so
-inline void pair_queries(float* queries, const float* rows, int dim) {
-  alignas(64) float packed[LANES * 128];
+// dword r of row c: bfloat16 pair (2c, 2c + 1) of row r; `packed` holds 16 rows of `dim` bfloat16, `stride` dwords apart
+inline void pair_queries(float* queries, const float* packed, int64_t stride, int dim) {
   const int half = dim / 2;
-  for (int q = 0; q < LANES; q++)
-    for (int c = 0; c < dim; c += 32)
-      if (c + 32 <= dim) {
-        const __m512bh x = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(rows + q * dim + c + 16), _mm512_loadu_ps(rows + q * dim + c));
-        std::memcpy(packed + q * half + c / 2, &x, 64);
-      } else {
-        const __m256bh x = _mm512_cvtneps_pbh(_mm512_loadu_ps(rows + q * dim + c));
-        std::memcpy(packed + q * half + c / 2, &x, 32);
-      }
   int c = 0;
-  for (; c + 16 <= half; c += 16) transpose16(packed + c, half, queries + c * LANES, LANES);
+  for (; c + 16 <= half; c += 16) transpose16(packed + c, stride, queries + c * LANES, LANES);
   for (; c < half; c++)
-    for (int q = 0; q < LANES; q++) queries[c * LANES + q] = packed[q * half + c];
+    for (int q = 0; q < LANES; q++) std::memcpy(queries + c * LANES + q, packed + q * stride + c, 4);
 }
 
 // pairs of weight rows as bfloat16 pairs: dword q of row j is (weights[2j][q], weights[2j + 1][q])
@@ -197,7 +200,15 @@ struct PairedEntries {
       _mm512_storeu_si512(values + int64_t(row) * dim + 2 * c, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }
-  static void put_queries(float* queries, const float* rows, int dim) { pair_queries(queries, rows, dim); }
+  static void put_queries(float* queries, const float* rows, int64_t, int dim) {
+    alignas(64) float packed[LANES * 128];
+    for (int q = 0; q < LANES; q++)
+      for (int c = 0; c < dim; c += 16) {
+        const __m256bh x = _mm512_cvtneps_pbh(_mm512_loadu_ps(rows + q * dim + c));
+        std::memcpy(packed + q * (dim / 2) + c / 2, &x, 32);
+      }
+    pair_queries(queries, packed, dim / 2, dim);
+  }
 };
 
 #endif
@@ -207,15 +218,18 @@ struct PairedEntries {
 template <int R>
 inline void score_pairs(const uint16_t* keys, int64_t stride, const float* queries, int half, float* out) {
   __m512 sum[R];
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
   for (int c = 0; c < half; c++) {
     const __m512bh q = (__m512bh)_mm512_loadu_si512(queries + c * LANES);
+#pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       int32_t pair;
       std::memcpy(&pair, keys + r * stride + 2 * c, 4);
       sum[r] = _mm512_dpbf16_ps(sum[r], q, (__m512bh)_mm512_set1_epi32(pair));
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; r++) _mm512_storeu_ps(out + r * LANES, sum[r]);
 }
 
@@ -223,19 +237,26 @@ template <int C>
 inline void mix_pairs(const float* weights, int begin, int end, const uint16_t* values, int64_t stride, float* out, int dim) {
   constexpr int Q = 4;
   __m512 sum[Q][C];
+#pragma GCC unroll 16
   for (int q = 0; q < Q; q++)
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++) sum[q][c] = _mm512_loadu_ps(out + q * dim + c * LANES);
   for (int j = begin; j < end; j++) {
     __m512bh value[C];
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++) value[c] = (__m512bh)_mm512_loadu_si512(values + j * stride + 2 * c * LANES);
+#pragma GCC unroll 16
     for (int q = 0; q < Q; q++) {
       int32_t pair;
       std::memcpy(&pair, weights + j * LANES + q, 4);
       const __m512bh w = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 16
       for (int c = 0; c < C; c++) sum[q][c] = _mm512_dpbf16_ps(sum[q][c], w, value[c]);
     }
   }
+#pragma GCC unroll 16
   for (int q = 0; q < Q; q++)
+#pragma GCC unroll 16
     for (int c = 0; c < C; c++) _mm512_storeu_ps(out + q * dim + c * LANES, sum[q][c]);
 }
 
@@ -243,7 +264,7 @@ inline void mix_pairs(const float* weights, int begin, int end, const uint16_t* 
 struct Bf16 : PairedEntries {
   static constexpr int GRANULE = 2;
   static int padded_dim(int dim) { return (dim + 15) / 16 * 16; }
-  static void score(const Key* keys, int row, int rows, const float* queries, int dim, float* out, float*) {
+  static void score(const Key* keys, int row, int rows, const float* queries, int dim, float* out) {
     keys += int64_t(row) * dim;
     int j = 0;
     for (; j + 8 <= rows; j += 8) score_pairs<8>(keys + j * dim, dim, queries, dim / 2, out + j * LANES);
@@ -278,7 +299,7 @@ struct Bf16 : PairedEntries {
     _tile_loadconfig(&config);
   }
   static void release() { _tile_release(); }
-  static void score(const Key* keys, int row, int rows, const float* queries, int dim, float* out, float*) {
+  static void score(const Key* keys, int row, int rows, const float* queries, int dim, float* out) {
     keys += int64_t(row) * dim;
     for (int j = 0; j < rows; j += 32) {
       _tile_zero(0);

@@ -83,9 +83,10 @@ struct Walker {
   int64_t kv = 0;
   Source key{}, value{};
   int pack_begin = 0;
-  typename E::Key* keys = nullptr;
-  typename E::Value* values = nullptr;
+  const typename E::Key* keys = nullptr;
+  const typename E::Value* values = nullptr;
   int claimed_set = -1;
+  bool is_in_place = false;
 
   Walker(const trilevel_call& c, const Plan& p, const HeadClassData<E>& d, TileScratch& s, const std::vector<float>& logs)
       : call(c), plan(p), data(d), scratch(s), dim(int(c.dim)), padded(E::padded_dim(int(c.dim))), log_table(logs) {}
@@ -127,48 +128,68 @@ struct Walker {
         const float* total = data.sums.data() + (kv * data.num_segments + at) * 2 * padded;
         rest = {total, total + padded, data.rest_count[at]};
       }
+      // what the next tile reads first
+      const int next = view.begin + view.rows, ahead = std::min(next + TILE, row->tokens);
+      if (is_in_place) expect_pairs(next, ahead);
+      for (int h = 0; h < data.group; h++)
+        source(call, call.query, item->row, data.first_head + kv * data.group + h, padded, false).expect(tile.end, std::min(tile.end + TILE, row->tokens));
       for (int h = 0; h < data.group; h++) visit(view, tails, num_tails, rest, data.first_head + kv * data.group + h);
     }
     mark_set(-1);
   }
 
  private:
-  // keys and values that the item's windows reach, in the engine's form
+  // keys and values that the item's windows reach, in the engine's form; rows that have it already are read in place
   void pack() {
     const Tile &first = data.tiling->tiles[item->first], &last = data.tiling->tiles[item->last - 1];
     pack_begin = std::max(0, first.begin - call.radius);
     const int end = std::min(row->tokens, call.is_causal ? last.end : last.end + call.radius);
+    if constexpr (E::GRANULE == 1)
+      if (call.dtype == TRILEVEL_F32 && !row->valid && !key.cos && dim == padded && is_dense(key) && is_dense(value)) {
+        keys = static_cast<const float*>(key.row(pack_begin));
+        values = static_cast<const float*>(value.row(pack_begin));
+        is_in_place = true;
+        return;
+      }
     const int rows = round_up(end - pack_begin, 32) + SPARE_ROWS;
-    keys = reinterpret_cast<typename E::Key*>(scratch.keys.get(E::key_floats(rows, padded)));
-    values = reinterpret_cast<typename E::Value*>(scratch.values.get(E::value_floats(rows, padded)));
+    typename E::Key* to_keys = reinterpret_cast<typename E::Key*>(scratch.keys.get(E::key_floats(rows, padded)));
+    typename E::Value* to_values = reinterpret_cast<typename E::Value*>(scratch.values.get(E::value_floats(rows, padded)));
+    keys = to_keys;
+    values = to_values;
     float* temp = scratch.temp.get(2 * padded);
-    int j = pack_fast(end);
-    for (; j < rows; j++) {
+    for (int j = pack_pairs(end, to_keys, to_values); j < rows; j++) {
       const int i = pack_begin + j;
       if (i >= end || !row->is_real(i)) {
-        E::clear(keys, values, j, padded);
+        E::clear(to_keys, to_values, j, padded);
         continue;
       }
       const float* k = key.view(i, temp);
-      E::put(keys, values, j, padded, k, value.view(i, temp + padded));
+      E::put(to_keys, to_values, j, padded, k, value.view(i, temp + padded));
     }
   }
-  // rows that need no conversion; returns how many were done
-  int pack_fast(int end) {
+  void expect_pairs(int begin, int end) const {
+    key.expect(begin, end);
+    value.expect(begin, end);
+  }
+  static bool is_dense(const Source& x) { return x.stride == int64_t(x.dim) * int64_t(sizeof(float)); }
+  bool is_plain_bf16() const { return call.dtype == TRILEVEL_BF16 && !key.cos && dim == padded; }
+
+  // pairs of rows that need no conversion; returns how many rows were done
+  int pack_pairs(int end, typename E::Key* to_keys, typename E::Value* to_values) {
+    int j = 0;
 #if defined(__AVX512BF16__)
     if constexpr (E::GRANULE > 1) {
-      if (call.dtype != TRILEVEL_BF16 || key.cos || dim != padded || row->valid) return 0;
-      int j = 0;
+      if (!is_plain_bf16() || row->valid) return 0;
       for (; pack_begin + j + 2 <= end; j += 2) {
         const int i = pack_begin + j;
-        E::put_pair(keys, values, j, padded, (const uint16_t*)key.row(i), (const uint16_t*)key.row(i + 1),
+        if (j % 16 == 0) expect_pairs(i + 16, std::min(i + 32, end));
+        E::put_pair(to_keys, to_values, j, padded, (const uint16_t*)key.row(i), (const uint16_t*)key.row(i + 1),
                     (const uint16_t*)value.row(i), (const uint16_t*)value.row(i + 1));
       }
-      return j;
     }
 #endif
-    (void)end;
-    return 0;
+    (void)end, (void)to_keys, (void)to_values;
+    return j;
   }
 
   // causal global tokens change from set to set: which tokens are claimed by the tile's own
@@ -353,48 +374,72 @@ struct Walker {
     for (int q = 0; q < LANES; q++) {
       float* to = out + q * padded;
       const int i = view.tile.begin + q;
-      if (i >= view.tile.end || !row->is_real(i)) {
+      if (i >= view.tile.end || !row->is_real(i))
         std::memset(to, 0, padded * sizeof(float));
-        continue;
-      }
-      query.read(i, to);
-      for (int c = 0; c < padded; c += LANES) store(to + c, load(to + c) * call.scale);
+      else
+        query.read(i, to);
     }
+  }
+
+  // the queries in the engine's form; `rows` is scratch
+  void put_queries(const TileView& view, int64_t head, float* rows, float* out) const {
+    const Source query = source(call, call.query, item->row, head, padded, true);
+    const bool is_whole = view.tile.end - view.tile.begin == LANES && !row->valid && dim == padded && !query.cos;
+    const void* first = query.row(view.tile.begin);
+    if constexpr (E::GRANULE == 1) {
+      if (is_whole && call.dtype == TRILEVEL_F32)
+        return E::put_queries(out, static_cast<const float*>(first), query.stride / int64_t(sizeof(float)), padded);
+    }
+#if defined(__AVX512BF16__)
+    if constexpr (E::GRANULE > 1) {
+      if (is_whole && call.dtype == TRILEVEL_BF16 && query.stride % 4 == 0)
+        return pair_queries(out, static_cast<const float*>(first), query.stride / 4, padded);
+    }
+#endif
+    read_queries(view, head, rows);
+    E::put_queries(out, rows, padded, padded);
   }
 };
 
-// mean of what the tile's columns and the sums `rest.key` give the remainder, and how many tokens that is (at least 1);
-// `scores` are the products of the columns with the rows of `vectors`. Lanes without any token: 0
-inline lanes rest_mean(const TileView& view, const Rest& rest, bool in_past, const float* vectors, int padded, const float* scores,
-                       lanes& count, ilanes& some) {
+// how many tokens the remainder of each query stands for
+inline lanes rest_count(const TileView& view, const Rest& rest, bool in_past) {
   const ilanes has_base = in_past ? view.rest < all_int(view.begin) : (ilanes{} - 1);
-  lanes total{}, number = select(has_base, all(rest.count), lanes{});
-  for (int q = 0; q < LANES; q++) total[q] = has_base[q] ? dot(vectors + q * padded, rest.key, padded) : 0.0f;
-  for (int j = 0; j < view.rows; j++) {
-    const lanes s = load(scores + j * LANES);
-    if (in_past) {
-      const ilanes held = view.past(j);
-      total += select(held, s, lanes{});
-      number += select(held, all(1.0f), lanes{});
-    } else if (!(view.has_flags && view.is_claimed(j))) {
-      const ilanes held = view.near(j);
-      total -= select(held, s, lanes{});
-      number -= select(held, all(1.0f), lanes{});
-    }
+  lanes number = select(has_base, all(rest.count), lanes{});
+  if (!view.has_flags) {
+    const ilanes begin = all_int(view.begin), from = view.rest > begin ? view.rest : begin;
+    const ilanes past = view.low > from ? view.low - from : ilanes{};
+    return in_past ? number + __builtin_convertvector(past, lanes) : number - __builtin_convertvector(view.high - view.low, lanes);
   }
-  some = number > 0.5f;
-  count = select(some, number, all(1.0f));
-  return select(some, total / count, lanes{});
+  for (int j = 0; j < view.rows; j++)
+    if (in_past)
+      number += select(view.past(j), all(1.0f), lanes{});
+    else if (!view.is_claimed(j))
+      number -= select(view.near(j), all(1.0f), lanes{});
+  return number;
 }
 
-// logit of the remainder, -inf where it is empty, and its count
+// what the columns and the sums `base` of the remainder give, as products with the rows of `vectors`; `scores` are those of
+// the columns
+inline lanes rest_product(const TileView& view, const float* base, bool in_past, const float* vectors, int padded, const float* scores) {
+  const ilanes has_base = in_past ? view.rest < all_int(view.begin) : (ilanes{} - 1);
+  lanes total{};
+  for (int q = 0; q < LANES; q++) total[q] = has_base[q] ? dot(vectors + q * padded, base, padded) : 0.0f;
+  for (int j = 0; j < view.rows; j++)
+    if (in_past)
+      total += select(view.past(j), load(scores + j * LANES), lanes{});
+    else if (!(view.has_flags && view.is_claimed(j)))
+      total -= select(view.near(j), load(scores + j * LANES), lanes{});
+  return total;
+}
+
+// logit of the remainder, -inf where it is empty, and its count, at least 1
 inline lanes rest_logit(const TileView& view, const Rest& rest, bool in_past, const float* queries, int padded, const float* scores,
-                        lanes& count) {
-  ilanes some;
-  const lanes mean = rest_mean(view, rest, in_past, queries, padded, scores, count, some);
-  lanes log_count;
-  for (int q = 0; q < LANES; q++) log_count[q] = std::log(count[q]);
-  return select(some, mean + log_count, all(-INF));
+                        float scale, lanes& count) {
+  const lanes number = rest_count(view, rest, in_past);
+  const ilanes some = number > 0.5f;
+  count = select(some, number, all(1.0f));
+  const lanes mean = scale * rest_product(view, rest.key, in_past, queries, padded, scores) / count;
+  return select(some, mean + log_pos(count), all(-INF));
 }
 
 template <class E>
@@ -412,16 +457,20 @@ void attend_tile(Walker<E>& walker, const TileView& view, const Tail* tails, int
   float* chunk = scratch.chunk.get(TAIL_CHUNK * LANES);
   float* out = scratch.out.get(LANES * padded);
   float* mixing = scratch.mix.get(std::max(columns, TAIL_CHUNK) * LANES);
-  walker.read_queries(view, head, rows);
-  E::put_queries(queries, rows, padded);
+  expect_rows(call, call.out, walker.item->row, head, view.tile.begin, view.tile.end);
+  walker.put_queries(view, head, rows, queries);
 
   const int at = view.begin - walker.pack_begin;
-  E::score(walker.keys, at, view.rows, queries, padded, near, mixing);
+  const lanes scale = all(call.scale);
+  E::score(walker.keys, at, view.rows, queries, padded, near);
   lanes logit = all(-INF), count = all(1.0f);
-  if (has_rest) logit = rest_logit(view, rest, in_past, rows, padded, near, count);
+  if (has_rest) {
+    walker.read_queries(view, head, rows);
+    logit = rest_logit(view, rest, in_past, rows, padded, near, call.scale, count);
+  }
   lanes top = larger(all(-1e30f), logit);
   for (int j = 0; j < view.rows; j++) {
-    const lanes s = select(view.near(j), load(near + j * LANES), all(-INF));
+    const lanes s = select(view.near(j), load(near + j * LANES) * scale, all(-INF));
     store(near + j * LANES, s);
     top = larger(s, top);
   }
@@ -448,10 +497,10 @@ void attend_tile(Walker<E>& walker, const TileView& view, const Tail* tails, int
     const Tail& tail = tails[t];
     for (int first = 0; first < tail.rows; first += TAIL_CHUNK) {
       const int n = std::min(TAIL_CHUNK, tail.rows - first), padded_rows = round_up(n, E::GRANULE);
-      E::score(static_cast<const typename E::Key*>(tail.key), first, padded_rows, queries, padded, chunk, mixing);
+      E::score(static_cast<const typename E::Key*>(tail.key), first, padded_rows, queries, padded, chunk);
       lanes above = top;
       for (int j = 0; j < n; j++) {
-        const lanes s = load(chunk + j * LANES) + tail.bias_of(first + j);
+        const lanes s = load(chunk + j * LANES) * scale + tail.bias_of(first + j);
         store(chunk + j * LANES, s);
         above = larger(s, above);
       }
@@ -474,18 +523,11 @@ void attend_tile(Walker<E>& walker, const TileView& view, const Tail* tails, int
 
   lanes doubt{};
   for (int q = 0; q < view.tile.end - view.tile.begin; q++) {
-    const float inverse = total[q] > 0 ? 1 / total[q] : 0;
-    const bool is_real = view.row->is_real(view.tile.begin + q);
-    for (int c = 0; c < padded; c += LANES) {
-      const lanes x = is_real ? load(out + q * padded + c) * inverse : lanes{};
-      store(out + q * padded + c, x);
-      doubt += x * 0.0f;
-    }
-    write_row(call, call.out, walker.item->row, head, view.tile.begin + q, out + q * padded);
-    if (call.lse)
-      call.lse[(walker.item->row * call.heads + head) * call.tokens + view.tile.begin + q] =
-          is_real && total[q] > 0 ? top[q] + std::log(total[q]) : -INF;
-    if (is_real && !(total[q] >= 0 && total[q] < INF)) doubt += all(NAN);
+    const int i = view.tile.begin + q;
+    const bool is_seen = view.row->is_real(i) && total[q] != 0;
+    doubt += write_row(call, call.out, walker.item->row, head, i, out + q * padded, is_seen ? 1 / total[q] : 0.0f);
+    if (call.lse) call.lse[(walker.item->row * call.heads + head) * call.tokens + i] = is_seen ? top[q] + std::log(total[q]) : -INF;
+    if (is_seen && !(total[q] < INF)) doubt += all(NAN);
   }
   // 0 * NaN of a hidden entry is NaN: where anything is, do it again without touching what a query does not see
   if (any(doubt != 0.0f)) attend_exactly(walker, view, tails, num_tails, rest, head);
@@ -549,7 +591,7 @@ void attend_exactly(Walker<E>& walker, const TileView& view, const Tail* tails, 
       add_scaled(out, w / count, rest_value, padded);
     }
     for (int c = 0; c < padded; c++) out[c] = total != 0 ? out[c] / total : 0;
-    write_row(call, call.out, walker.item->row, head, i, out);
+    write_row(call, call.out, walker.item->row, head, i, out, 1.0f);
     if (call.lse) call.lse[(walker.item->row * call.heads + head) * call.tokens + i] = total != 0 ? top + std::log(total) : -INF;
   }
 }

@@ -66,6 +66,13 @@ struct Source {
     if (cos) rotate(token, out);
   }
 
+  // a page of 4 KiB holds 16 rows of 64 floats, and the hardware does not look beyond it
+  void expect(int64_t begin, int64_t end) const {
+    const int bytes = dim * (dtype == TRILEVEL_BF16 ? 2 : 4);
+    for (int64_t i = begin; i < end; i++)
+      for (int c = 0; c < bytes; c += 64) __builtin_prefetch(static_cast<const char*>(row(i)) + c);
+  }
+
   // the row itself where it can be read as it is, else `temp`
   const float* view(int64_t token, float* temp) const {
     if (dtype == TRILEVEL_F32 && dim == padded && !cos) return static_cast<const float*>(row(token));
@@ -97,23 +104,41 @@ inline Source source(const trilevel_call& call, const trilevel_tensor& x, int64_
           rotated && call.rope_sin ? call.rope_sin + tables : nullptr};
 }
 
-inline void write_row(const trilevel_call& call, const trilevel_tensor& x, int64_t b, int64_t head, int64_t token,
-                      const float* row) {
+inline char* row_address(const trilevel_call& call, const trilevel_tensor& x, int64_t b, int64_t head, int64_t token) {
   const int64_t at = b * x.batch_stride + head * x.head_stride + token * x.token_stride;
+  return static_cast<char*>(x.data) + at * (call.dtype == TRILEVEL_BF16 ? 2 : 4);
+}
+
+// write a row times a factor (0: zeros, whatever the row holds); returns lanes that are not 0 where anything is not finite
+inline lanes write_row(const trilevel_call& call, const trilevel_tensor& x, int64_t b, int64_t head, int64_t token, const float* row,
+                       float factor) {
+  char* at = row_address(call, x, b, head, token);
   const int dim = int(call.dim);
-  if (call.dtype == TRILEVEL_F32) {
-    std::memcpy(static_cast<float*>(x.data) + at, row, dim * sizeof(float));
-    return;
-  }
-  uint16_t* out = static_cast<uint16_t*>(x.data) + at;
-  int c = 0;
+  lanes doubt{};
+  for (int c = 0; c < dim; c += LANES) {
+    const lanes y = factor != 0 ? load(row + c) * factor : lanes{};
+    const int n = dim - c < LANES ? dim - c : LANES;
+    doubt += y * 0.0f;
+    if (call.dtype == TRILEVEL_F32) {
+      if (n == LANES)
+        store(reinterpret_cast<float*>(at) + c, y);
+      else
+        std::memcpy(at + c * sizeof(float), &y, n * sizeof(float));
+      continue;
+    }
 #if defined(__AVX512BF16__)
-  for (; c + LANES <= dim; c += LANES) {
-    const __m256bh y = _mm512_cvtneps_pbh(_mm512_loadu_ps(row + c));
-    std::memcpy(out + c, &y, 32);
-  }
+    const __m256bh z = _mm512_cvtneps_pbh((__m512)y);
+    if (n == LANES) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + 2 * c), (__m256i)z);
+      continue;
+    }
+#else
+    uint16_t z[LANES];
+    for (int i = 0; i < LANES; i++) z[i] = float_to_bf16(y[i]);
 #endif
-  for (; c < dim; c++) out[c] = float_to_bf16(row[c]);
+    std::memcpy(at + 2 * c, &z, 2 * n);
+  }
+  return doubt;
 }
 
 inline void add_row(float* total, const float* row, int padded) {
@@ -122,6 +147,15 @@ inline void add_row(float* total, const float* row, int padded) {
 
 inline void add_scaled(float* total, float factor, const float* row, int padded) {
   for (int c = 0; c < padded; c += LANES) store(total + c, load(total + c) + factor * load(row + c));
+}
+
+// ask for the cache lines of rows that will be written
+inline void expect_rows(const trilevel_call& call, const trilevel_tensor& x, int64_t b, int64_t head, int begin, int end) {
+  const int bytes = int(call.dim) * (call.dtype == TRILEVEL_BF16 ? 2 : 4);
+  for (int i = begin; i < end; i++) {
+    const char* at = row_address(call, x, b, head, i);
+    for (int c = 0; c < bytes; c += 64) __builtin_prefetch(at + c, 1);
+  }
 }
 
 inline float dot(const float* a, const float* b, int padded) {
