@@ -158,11 +158,12 @@ def _attention_backward(
     given = [query, key, value, pool_weight, score, region_gate]
     places = [i for i, x in enumerate(given) if x is not None]
     rest = (ratio, mode, selection_gradient, sizes, flags, scale, region_size, num_regions, selection_chunk)
-    # 0 * NaN is NaN: where a row saw something that is not finite, `blocked` hides it from the rows that did not
-    if impl == "native" and out is not None and bool(out.sum().isfinite()):
-        assert lse is not None
-        grads = native.backward(_call([*given, forced, valid, segment], *rest), out, lse, grad_out, grad_lse)
-        return [grads[TENSORS[place]] for place in places]
+    if out is not None and lse is not None:
+        call = _call([*given, forced, valid, segment], *rest)
+        # 0 * NaN is NaN: where a row saw something that is not finite, `blocked` hides it from the rows that did not
+        if _is_native(impl, call) and bool(out.sum().isfinite()):
+            grads = native.backward(call, out, lse, grad_out, grad_lse)
+            return [grads[TENSORS[place]] for place in places]
 
     def forward(*leaves: Tensor) -> tuple[Tensor, ...]:
         tensors = [*given, forced, valid, segment]
