@@ -328,7 +328,9 @@ def test_auto_runs_native_where_it_is_and_says_so_once(
         multi_level_attention(*(x.double() for x in rows), levels=LEVELS)
     assert ran == [*["native" if active else "blocked"] * 3, "blocked"]
     assert [record.message for record in caplog.records] == [
-        f"impl='auto' runs {active or 'blocked'} on a CPU: for this reason"
+        f"impl='auto' runs {active or 'blocked'} on a CPU: for this reason",
+        "impl='auto' runs blocked: the type is torch.float64; float32 and bfloat16 are built in. Convert, or use "
+        "impl='blocked'.",
     ]
     api._say_once.cache_clear()
 

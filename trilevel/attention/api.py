@@ -203,11 +203,12 @@ def _cheapest(call: Call) -> Impl:
         missing = triton.obstacle(call)
         _say_once(f"CUDA tensors run by {'triton' if missing is None else 'blocked: ' + missing}")
         return "triton" if missing is None else "blocked"
-    missing = native.obstacle(call)
-    if missing is None and not library.is_available():
-        missing = library.status().reason
-    _say_once(f"CPU tensors run by {'native kernels' if missing is None else 'blocked: ' + missing}")
-    return "native" if missing is None else "blocked"
+    missing, status = native.obstacle(call), library.status()
+    if missing is not None:
+        _say_once(f"impl='auto' runs blocked: {missing}")
+        return "blocked"
+    _say_once(f"impl='auto' runs {status.active or 'blocked'} on a CPU: {status.reason}")
+    return "native" if status.active else "blocked"
 
 
 def _runs_dense(call: Call) -> bool:

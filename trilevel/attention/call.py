@@ -34,3 +34,9 @@ class Call:
     is_causal: bool
     scale: float
     needs_lse: bool = True
+
+
+def empty_output(query: Tensor) -> Tensor:
+    """Memory for an output like `query`, tokens before heads: what the output projection reads. Not a view."""
+    _, heads, tokens, dim = query.shape
+    return query.new_empty_strided(query.shape, (tokens * heads * dim, dim, heads * dim, 1))

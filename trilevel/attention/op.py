@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trilevel.attention.call import Call
+from trilevel.attention.call import Call, empty_output
 from trilevel.attention.impl import blocked, native
 from trilevel.attention.levels import LevelRatio, Levels
 
@@ -82,11 +82,6 @@ def _call(
     )
 
 
-def _tokens_first(x: Tensor) -> Tensor:
-    """Tokens before heads in memory, as the output projection reads them and the implementations write them."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
-
-
 def _is_native(impl: str, call: Call) -> bool:
     return impl == "native" or (impl == "auto" and native.suits(call))
 
@@ -118,7 +113,10 @@ def _attention(
     call = _call(tensors, *rest)
     with torch.no_grad():
         out, lse = (native if _is_native(impl, call) else blocked).attend(call)
-    return _tokens_first(out), query.new_empty(0) if lse is None else lse.contiguous()
+    made = empty_output(query)
+    if out.stride() != made.stride() or out._is_view():
+        out = made.copy_(out)
+    return out, query.new_empty(0) if lse is None else lse.contiguous()
 
 
 @_attention.register_fake
@@ -126,7 +124,7 @@ def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     needs_lse = rest[12][2]
     shape = query.shape[:3] if needs_lse else (0,)
     kind = torch.promote_types(query.dtype, torch.float32) if needs_lse else query.dtype
-    return _tokens_first(query.new_empty(query.shape)), query.new_empty(shape, dtype=kind)
+    return empty_output(query), query.new_empty(shape, dtype=kind)
 
 
 @torch.library.custom_op("trilevel::attention_backward", mutates_args=())

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trilevel.attention.call import Call
+from trilevel.attention.call import Call, empty_output
 from trilevel.attention.entries import (
     Entries,
     Remainder,
@@ -49,9 +49,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor | None]:
         parts = [_head_class(call, geometry, index, None) for index, heads in enumerate(call.split) if heads]
         out = torch.cat([part[0] for part in parts], 1)
     else:
-        batch, heads, tokens, dim = call.query.shape
-        # tokens before heads in memory: what the output projection reads
-        out = call.query.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+        out = empty_output(call.query)
         pieces = out.split(list(call.split), 1)
         parts = [_head_class(call, geometry, index, into) for index, into in enumerate(pieces) if into.shape[1]]
     if call.valid is not None:

@@ -13,7 +13,7 @@ from ctypes import Structure, byref, c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from trilevel.attention.call import Call
+from trilevel.attention.call import Call, empty_output
 from trilevel.attention.finite import sees_any
 from trilevel.attention.geometry import make_geometry
 from trilevel.attention.library import is_available, library
@@ -95,8 +95,8 @@ def attend(call: Call) -> tuple[Tensor, Tensor | None]:
     """
     # before memory is taken for the outputs
     check(call)
-    batch, heads, tokens, dim = call.query.shape
-    out = call.query.new_empty(batch, tokens, heads, dim).transpose(1, 2)
+    batch, heads, tokens, _ = call.query.shape
+    out = empty_output(call.query)
     lse = call.query.new_empty(batch, heads, tokens, dtype=torch.float32) if call.needs_lse else None
     given = _Given(call, out, lse)
     _check(library().trilevel_forward(byref(given.struct)))
