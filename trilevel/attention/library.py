@@ -37,9 +37,13 @@ class NativeStatus:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    isa: str
     library: ctypes.CDLL
-    reason: str
+    isa: str
+    status: NativeStatus
+
+    @staticmethod
+    def of(isa: str, reason: str) -> _Choice:
+        return _Choice(load(_path(isa)), isa, NativeStatus(isa, built(), reason))
 
 
 def library() -> ctypes.CDLL:
@@ -67,7 +71,7 @@ def status() -> NativeStatus:
         choice = _choice()
     except ImplementationError as error:
         return NativeStatus(None, built(), str(error))
-    return NativeStatus(choice.isa, built(), choice.reason)
+    return choice.status
 
 
 def built() -> tuple[str, ...]:
@@ -133,7 +137,7 @@ def _best() -> _Choice:
             f"impl='native' has libraries for {', '.join(there)}, and this processor runs none of them. Build the one "
             f"for {build.BASELINE}: {build.AGAIN}; or use impl='auto'."
         )
-    return _Choice(chosen, load(_path(chosen)), _why(chosen))
+    return _Choice.of(chosen, _why(chosen))
 
 
 def _why(chosen: str) -> str:
@@ -155,7 +159,7 @@ def _named(name: str) -> _Choice:
         raise ImplementationError(f"TRILEVEL_ISA={name!r} is not built ({_record(isa)}). {advice}, or {build.AGAIN}.")
     if not runs(isa):
         raise ImplementationError(f"TRILEVEL_ISA={name!r} is not run by this processor or its system. {advice}.")
-    return _Choice(isa, load(_path(isa)), f"named by TRILEVEL_ISA={name}")
+    return _Choice.of(isa, f"named by TRILEVEL_ISA={name}")
 
 
 def _path(isa: str) -> Path:
