@@ -18,6 +18,7 @@ from trilevel.attention.finite import finite_only, sees_any
 from trilevel.attention.geometry import make_geometry
 from trilevel.attention.impl import blocked, native, reference, triton
 from trilevel.attention.levels import HeadSplit, LevelRatio, Levels
+from trilevel.attention.rope import rotate
 from trilevel.errors import ConfigError, ImplementationError, ShapeError
 
 Impl = Literal["auto", "reference", "blocked", "native", "triton"]
@@ -47,6 +48,7 @@ def multi_level_attention(
     num_segments: int | None = ...,
     is_causal: bool = ...,
     scale: float | None = ...,
+    rotary: tuple[Tensor, Tensor] | None = ...,
     impl: Impl = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -67,6 +69,7 @@ def multi_level_attention(
     num_segments: int | None = ...,
     is_causal: bool = ...,
     scale: float | None = ...,
+    rotary: tuple[Tensor, Tensor] | None = ...,
     impl: Impl = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -86,6 +89,7 @@ def multi_level_attention(
     num_segments: int | None = None,
     is_causal: bool = False,
     scale: float | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
     impl: Impl = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -119,6 +123,8 @@ def multi_level_attention(
         num_segments: how many segments ids may name; required under `torch.compile` and `torch.export`.
         is_causal: a token sees the past and itself; `calibrated` only.
         scale: of the logits, default 1 / sqrt(dim).
+        rotary: cosines and sines of `rope.rotary_tables`: query and key are rotated first. `native` does so while it
+            reads them, without a copy (inference).
         impl: `auto`, `native` (C++ on a CPU), `triton` (CUDA), `blocked` (portable) or `reference` (O(tokens^2),
             defines the truth).
         return_lse: return (output, log-sum-exp (batch, heads, tokens)) as well.
@@ -144,12 +150,25 @@ def multi_level_attention(
     )  # fmt: skip
     if impl not in ("auto", *IMPLEMENTATIONS):
         raise ImplementationError(f"impl={impl!r} is unknown; use 'auto' or one of {sorted(IMPLEMENTATIONS)}.")
-    if _runs_dense(call):
+    is_dense = _runs_dense(call)
+    name = _cheapest(call) if impl == "auto" else impl
+    if rotary is not None:
+        _check_rotary(call, *rotary)
+        call = replace(call, rotary=rotary)
+        if is_dense or not _rotates_itself(name, call):
+            query, key = (rotate(x, *rotary) for x in (query, key))
+            call = replace(call, query=query, key=key, rotary=None)
+    if is_dense:
         if impl == "auto" and not return_lse:
             return dense_attention(call)
         call = _as_dense(call)
-    out, lse = _run(_cheapest(call) if impl == "auto" else impl, call)
+    out, lse = _run(name, call)
     return out if lse is None or not return_lse else (out, lse)
+
+
+def _rotates_itself(impl: Impl, call: Call) -> bool:
+    is_split = call.levels.mode == "strict" and call.split.regional + call.split.global_ > 0
+    return impl == "native" and not (is_split or torch.compiler.is_compiling() or _needs_gradients(call))
 
 
 def _run(impl: Impl, call: Call) -> tuple[Tensor, Tensor | None]:
@@ -391,6 +410,18 @@ def _check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query {tuple(query.shape)} needs key and value of shape (batch={batch}, a divisor of {heads} heads, "
             f"tokens={tokens}, dim={dim}), got {tuple(key.shape)}."
         )
+
+
+def _check_rotary(call: Call, cos: Tensor, sin: Tensor) -> None:
+    batch, _, tokens, dim = call.query.shape
+    for name, x in (("cos", cos), ("sin", sin)):
+        if tuple(x.shape) not in ((1, tokens, dim // 2), (batch, tokens, dim // 2)) or dim % 2:
+            raise ShapeError(
+                f"rotary {name} must have shape (1 or {batch}, {tokens}, {dim} / 2), got {tuple(x.shape)}. "
+                "Make both with trilevel.attention.rope.rotary_tables."
+            )
+    if cos.shape != sin.shape:
+        raise ShapeError(f"rotary cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must have one shape.")
 
 
 def _check_shape(name: str, given: Tensor | None, wanted: tuple[int, ...]) -> None:

@@ -34,6 +34,8 @@ class Call:
     is_causal: bool
     scale: float
     needs_lse: bool = True
+    # cosines and sines by which query and key are still to be rotated; only `native` gets such a call
+    rotary: tuple[Tensor, Tensor] | None = None
 
 
 def empty_output(query: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, overload
 
 import torch
@@ -13,7 +14,8 @@ from trilevel.attention.cache import DecodeCache
 from trilevel.attention.cost import Cost, attention_cost
 from trilevel.attention.geometry import make_geometry, make_slots
 from trilevel.attention.levels import HeadSplit, Levels
-from trilevel.attention.rope import rotary
+from trilevel.attention.library import is_available
+from trilevel.attention.rope import rotary, rotary_tables
 from trilevel.attention.select import select_global
 from trilevel.errors import ConfigError, ShapeError
 
@@ -160,7 +162,9 @@ class MultiLevelAttention(nn.Module):
             raise ShapeError(f"x must be (batch, tokens, {self.embed_dim}), got {tuple(x.shape)}.")
         if padding_mask is not None:
             x = x.masked_fill(padding_mask[..., None], 0)
-        q, k, v = self.project(x, positions)
+        # the kernels rotate while they read the fused projection
+        is_fused = self.rope_theta is not None and self.levels is not None and _reads_fused(x, self.impl)
+        q, k, v = self._split(x) if is_fused else self.project(x, positions)
         if self.levels is None:
             if explain:
                 raise ConfigError("explain=True needs levels; this layer is dense (levels=None).")
@@ -192,6 +196,7 @@ class MultiLevelAttention(nn.Module):
             segment_ids=segment_ids,
             num_segments=num_segments,
             is_causal=self.is_causal,
+            rotary=self._tables(x, positions) if is_fused else None,
             impl=self.impl,
         )
         out = self._merged(attended)
@@ -296,16 +301,27 @@ class MultiLevelAttention(nn.Module):
 
     def project(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (rotated) and values: (batch, heads or kv_heads, tokens, head_dim)."""
-        batch, tokens, _ = x.shape
-        heads, groups = self.num_heads, self.num_kv_heads
-        fused = self.in_proj(x).view(batch, tokens, heads + 2 * groups, self.head_dim).transpose(1, 2)
-        q, k, v = fused.split([heads, groups, groups], 1)
+        q, k, v = self._split(x)
         if self.rope_theta is not None:
-            place = torch.arange(tokens, device=x.device)[None] if positions is None else positions
+            place = torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions
             q, k = rotary(q, place, theta=self.rope_theta), rotary(k, place, theta=self.rope_theta)
             # q and k are copies now; with v copied too, the fused projection is freed before attention runs
             v = v.contiguous()
         return q, k, v
+
+    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of the fused projection, nothing rotated."""
+        batch, tokens, _ = x.shape
+        heads, groups = self.num_heads, self.num_kv_heads
+        fused = self.in_proj(x).view(batch, tokens, heads + 2 * groups, self.head_dim).transpose(1, 2)
+        q, k, v = fused.split([heads, groups, groups], 1)
+        return q, k, v
+
+    def _tables(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert self.rope_theta is not None
+        if positions is None:
+            return _tables_from_zero(x.shape[1], self.head_dim, self.rope_theta)
+        return rotary_tables(positions, self.head_dim, theta=self.rope_theta)
 
     def _merged(self, attended: Tensor) -> Tensor:
         merged: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
@@ -355,3 +371,15 @@ class MultiLevelAttention(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and levels."""
         return f"{self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, levels={self.levels}"
+
+
+def _reads_fused(x: Tensor, impl: Impl) -> bool:
+    """Whether attention runs in kernels that rotate what they read: in inference, by `native`."""
+    is_plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return is_plain and impl in ("auto", "native") and x.device.type == "cpu" and is_available()
+
+
+@lru_cache(maxsize=2)
+def _tables_from_zero(tokens: int, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Tables of positions 0, 1, 2, ..., which the layers of a model share."""
+    return rotary_tables(torch.arange(tokens)[None], dim, theta=theta)

@@ -6,21 +6,34 @@ import torch
 from torch import Tensor
 
 
-def rotary(x: Tensor, positions: Tensor, *, theta: float = 10_000.0) -> Tensor:
-    """Rotate every pair (x_c, x_{c + dim/2}) by position * theta^(-2c/dim).
+def rotary_tables(positions: Tensor, dim: int, *, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position * theta^(-2c/dim), both (batch or 1, tokens, dim / 2), float32.
 
     Args:
-        x: (batch, heads, tokens, dim), dim even.
         positions: (batch or 1, tokens) integers.
+        dim: features of a head, even.
         theta: base of the wavelengths.
-
-    Returns:
-        Like x; angles are computed in float32 at least.
     """
+    angle = _angles(positions, dim, theta, torch.float32)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate every pair (x_c, x_{c + dim/2}) of x (batch, heads, tokens, dim) by the angles of the tables."""
     half = x.shape[-1] // 2
-    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=kind) / half)
-    angle = positions.to(kind)[:, None, :, None] * frequency
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     left, right = x[..., :half], x[..., half:]
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+def rotary(x: Tensor, positions: Tensor, *, theta: float = 10_000.0) -> Tensor:
+    """Rotate x (batch, heads, tokens, dim), dim even, by `positions`; angles are computed in float32 at least."""
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    angle = _angles(positions, x.shape[-1], theta, kind)
+    return rotate(x, angle.cos(), angle.sin())
+
+
+def _angles(positions: Tensor, dim: int, theta: float, kind: torch.dtype) -> Tensor:
+    half = dim // 2
+    frequency = theta ** (-torch.arange(half, device=positions.device, dtype=kind) / half)
+    return positions.to(kind)[..., None] * frequency

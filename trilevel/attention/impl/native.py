@@ -153,7 +153,8 @@ class _Given:
         pool_weight, score = (_as(x, torch.float32) for x in (call.pool_weight, call.score))
         forced, valid = (_as(x, torch.bool) for x in (call.forced, call.valid))
         segment = _as(call.segment, torch.int64)
-        self._alive = (query, key, value, out, lse, pool_weight, score, forced, valid, segment)
+        cos, sin = (None, None) if call.rotary is None else (_as(x, torch.float32) for x in call.rotary)
+        self._alive = (query, key, value, out, lse, pool_weight, score, forced, valid, segment, cos, sin)
         self.struct = _Call(
             batch=batch,
             heads=heads,
@@ -167,10 +168,12 @@ class _Given:
             lse=_address(lse),
             pool_weight=_address(pool_weight),
             score=_address(score),
+            rope_cos=_address(cos),
+            rope_sin=_address(sin),
             forced=_address(forced),
             valid=_address(valid),
             segment=_address(segment),
-            rope_batch=1,
+            rope_batch=1 if cos is None else cos.shape[0],
             dtype=DTYPES[query.dtype],
             split=(c_int32 * 3)(*call.split),
             radius=min(levels.radius, tokens),

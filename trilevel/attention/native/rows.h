@@ -84,7 +84,13 @@ struct Source {
   void rotate(int64_t token, float* out) const {
     const int half = dim / 2;
     const float *a = cos + token * half, *b = sin + token * half;
-    for (int c = 0; c < half; c++) {
+    int c = 0;
+    for (; c + LANES <= half; c += LANES) {
+      const lanes left = load(out + c), right = load(out + c + half);
+      store(out + c, left * load(a + c) - right * load(b + c));
+      store(out + c + half, right * load(a + c) + left * load(b + c));
+    }
+    for (; c < half; c++) {
       const float left = out[c], right = out[c + half];
       out[c] = left * a[c] - right * b[c];
       out[c + half] = right * a[c] + left * b[c];
