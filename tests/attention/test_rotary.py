@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.attention.cases import BASE, Case, inputs
 from trilevel.attention import layer as layer_module
 from trilevel.attention import library
-from trilevel.attention.api import multi_level_attention
+from trilevel.attention.api import Impl, multi_level_attention
 from trilevel.attention.layer import MultiLevelAttention
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.attention.rope import rotary, rotary_tables, rotate
@@ -56,7 +56,9 @@ def test_bfloat16_errs_no_more_than_rotating_first(mode: Any) -> None:
     case = Case(name="low", tokens=131, dim=32, levels=replace(LEVELS, mode=mode), without=("global_prior",))
     given = inputs(case, torch.bfloat16)
     tables = rotary_tables(torch.arange(131)[None], 32)
-    high = {name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in given.items()}
+    high: dict[str, Any] = {
+        name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in given.items()
+    }
     true = multi_level_attention(**high, rotary=tables, impl="reference")
     found = multi_level_attention(**given, rotary=tables, impl="native")
     eager = multi_level_attention(**given, rotary=tables, impl="reference")
@@ -68,9 +70,10 @@ def test_gradients_flow_through_the_rotation() -> None:
     given = inputs(Case(name="grad", dim=8, heads=6), torch.float32)
     tables = rotary_tables(torch.arange(19)[None], 8)
     slopes = []
-    for impl in ("native", "reference"):
+    impls: tuple[Impl, ...] = ("native", "reference")
+    for impl in impls:
         query = given["query"].clone().requires_grad_()
-        out = multi_level_attention(**{**given, "query": query}, rotary=tables, impl=impl)  # type: ignore[call-overload]
+        out = multi_level_attention(**{**given, "query": query}, rotary=tables, impl=impl)
         slopes.append(torch.autograd.grad(out.square().sum(), query)[0])
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-5)
 
@@ -84,7 +87,7 @@ def test_a_layer_without_gradients_reads_its_projection_in_place(
     x = torch.randn(2, 43, 48)
     wanted = layer(x, positions=positions).detach()
     seen: list[dict[str, Any]] = []
-    whole = layer_module.multi_level_attention
+    whole = multi_level_attention
 
     def spy(*args: Any, **given: Any) -> Any:
         seen.append({"shares": len({y.untyped_storage().data_ptr() for y in args}) == 1, **given})

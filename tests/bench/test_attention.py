@@ -56,7 +56,13 @@ def test_block_mask_holds_every_block_of_the_window(tokens: int, radius: int, bl
 
 def tiny(**changes: Any) -> AttentionCase:
     case = AttentionCase(
-        lengths={64: 0.0}, levels=small(), heads=8, dim=16, without=frozenset({"FlexAttention", "HF Longformer"})
+        lengths={64: 0.0},
+        levels=small(),
+        heads=8,
+        dim=16,
+        without=frozenset({"FlexAttention", "HF Longformer"}),
+        training=None,
+        scaling=None,
     )
     return dataclasses.replace(case, **changes)
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from trilevel.attention.levels import Levels
-from trilevel.bench.contenders import Contender, all_peers, own_variants
+from trilevel.bench.contenders import Contender, all_peers, copy_floor, native_variants, own_variants
 from trilevel.bench.harness import Bar, Gate, Progress, Report, Timing, check, interleave
 from trilevel.bench.memory import peak_memory_bytes
+from trilevel.bench.native import BAR_TOKENS, native_bars, scaling_row, training_rows
 from trilevel.bench.problem import Problem
 from trilevel.errors import TrilevelError
 
-BAR_TOKENS = 8_192
 GIB = 2**30
 MATCHING = {"local": "trilevel local", "calibrated": "trilevel calibrated"}
 
@@ -33,6 +33,8 @@ class AttentionCase:
     """What is measured.
 
     Args:
+        training: also measure forward and backward of the local level at this length, in float32.
+        scaling: also measure the native calibrated level in bfloat16 at this length, beside the bars' length.
         lengths: tokens, ascending, with the seconds of timing that all contenders of a length share.
         precisions: names of torch types.
         levels: of our calibrated variant; the others differ in ratio and mode alone.
@@ -50,6 +52,8 @@ class AttentionCase:
     most_seconds: float = 60.0
     without: frozenset[str] = frozenset()
     memory: bool = False
+    training: int | None = BAR_TOKENS
+    scaling: int | None = 65_536
 
     @staticmethod
     def smoke() -> AttentionCase:
@@ -59,12 +63,14 @@ class AttentionCase:
             levels=Levels(window=17, region_size=None, num_regions=16, num_global_tokens=16),
             heads=8,
             dim=32,
+            training=256,
+            scaling=None,
         )
 
 
 def run(case: AttentionCase, progress: Progress = lambda _what, _done: None) -> Report:
     """Measure every contender at every length and precision; bars when the bars' length is among them."""
-    contenders = [c for c in (*own_variants(case.levels).values(), *all_peers()) if c.name not in case.without]
+    contenders = [c for c in _all(case.levels) if c.name not in case.without]
     rows: list[dict[str, Any]] = []
     total = len(case.precisions) * len(case.lengths)
     done = 0
@@ -74,16 +80,21 @@ def run(case: AttentionCase, progress: Progress = lambda _what, _done: None) -> 
             tell = functools.partial(_tell, progress, done / total)
             rows += _measure_length(case, contenders, precision, tokens, seen, tell)
             done += 1
+    rows += extra_rows(case, contenders, functools.partial(_tell, progress, 1.0))
     if case.memory:
         _add_memory(case, rows, functools.partial(_tell, progress, 1.0))
     return Report(
         case="attention",
         rows=digest(rows),
         measurements=rows,
-        bars=bars(rows) if BAR_TOKENS in case.lengths else [],
+        bars=[*bars(rows), *native_bars(rows)] if BAR_TOKENS in case.lengths else [],
         settings=_settings(case),
         broken=sorted({row["contender"] for row in rows if row["status"] == "failed" and row["ours"]}),
     )
+
+
+def _all(levels: Levels) -> list[Contender]:
+    return [*own_variants(levels).values(), *native_variants(levels).values(), copy_floor(), *all_peers()]
 
 
 def digest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -138,6 +149,25 @@ def bars(rows: list[dict[str, Any]]) -> list[Bar]:
         Bar(name="blocked_bf16_vs_dense", value=ratio("bfloat16", "dense SDPA", calibrated), op=">=", bar=8),
         Bar(name="blocked_vs_best_peer", value=worst, op=">=", bar=1),
     ]
+
+
+def extra_rows(case: AttentionCase, contenders: list[Contender], tell: Callable[[str], None]) -> list[dict[str, Any]]:
+    """What one length and precision does not show: training, and how the cost grows."""
+    rows = []
+    # the seconds that the bars' length has, for fewer contenders
+    budget_s = case.lengths.get(BAR_TOKENS, 0.0)
+    if case.training is not None:
+        tell(f"float32 {case.training:,}: forward and backward")
+        problem = Problem.draw(case.training, torch.float32, case.levels, heads=case.heads, dim=case.dim)
+        rows += training_rows(contenders, problem, budget_s=budget_s, row=_row)
+    if case.scaling is not None and BAR_TOKENS in case.lengths:
+        tell(f"bfloat16 {case.scaling:,} beside {BAR_TOKENS:,}")
+        problems = [
+            Problem.draw(tokens, torch.bfloat16, case.levels, heads=case.heads, dim=case.dim)
+            for tokens in (BAR_TOKENS, case.scaling)
+        ]
+        rows += scaling_row(contenders, *problems, budget_s=budget_s, row=_row)
+    return rows
 
 
 def _measure_length(
@@ -195,6 +225,9 @@ def _admit(
     except (RuntimeError, ValueError, TypeError, ImportError, TrilevelError) as error:
         row.update(status="failed", reason=f"raised {type(error).__name__}: {str(error).splitlines()[0][:160]}")
         return None
+    if contender.rows is None:
+        row["status"] = "measured"
+        return call
     gate = gate_of(contender, problem, output)
     row.update(error=gate.error, limit=gate.limit, status="measured")
     if gate.passed:
@@ -218,8 +251,8 @@ def _warm_up(call: Callable[[], Tensor], enough_s: float = 3.0) -> tuple[Tensor,
 def _reason_to_skip(
     case: AttentionCase, contender: Contender, problem: Problem, last: tuple[int, float] | None
 ) -> tuple[str, str] | None:
-    if not contender.is_installed:
-        return "absent", f"{contender.package} is not installed: pip install 'trilevel[bench]'"
+    if contender.absence is not None:
+        return "absent", contender.absence
     predicted = contender.peak_bytes(problem.tokens, problem.heads, case.dim, problem.query.element_size())
     if predicted > case.most_bytes:
         return "skipped", f"predicted {predicted / GIB:.1f} GiB, limit {case.most_bytes / GIB:.0f} GiB"
@@ -231,6 +264,7 @@ def _reason_to_skip(
 
 def gate_of(contender: Contender, problem: Problem, output: Tensor) -> Gate:
     """Check an output at sampled queries against the contender's definition in float64."""
+    assert contender.rows is not None
     rows = problem.sampled_rows()
     exact = contender.rows(problem, rows, torch.float64)
     rounded = contender.rows(problem, rows, output.dtype)
@@ -262,7 +296,7 @@ def _add_memory(case: AttentionCase, rows: list[dict[str, Any]], tell: Callable[
 def call_by_name(name: str, tokens: int) -> Callable[[], Tensor]:
     """A contender's call in float32 with the default case's levels, for a process that measures memory."""
     case = AttentionCase()
-    contender = next(c for c in (*own_variants(case.levels).values(), *all_peers()) if c.name == name)
+    contender = next(c for c in _all(case.levels) if c.name == name)
     torch.set_grad_enabled(False)
     return contender.build(Problem.draw(tokens, torch.float32, case.levels, heads=case.heads, dim=case.dim))
 

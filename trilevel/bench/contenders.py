@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trilevel.attention import library
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.bench.problem import Problem, dense_rows, levels_rows, window_rows
 
@@ -34,7 +35,7 @@ class Contender:
         name: as the table shows it.
         scope: what is inside the measured call.
         build: makes the call from a problem; the call gives (1, heads, tokens, dim) or a view of it.
-        rows: definition of the output at some queries, (heads, rows, dim).
+        rows: definition of the output at some queries, (heads, rows, dim); None for what computes no attention.
         peak_bytes: predicted memory of the call from (tokens, heads, dim, bytes of an element).
         package: module that must be installed, and `matches` which of our levels a peer is compared with; both None for
             what torch and trilevel bring themselves.
@@ -43,15 +44,20 @@ class Contender:
     name: str
     scope: str
     build: Build
-    rows: Rows
+    rows: Rows | None
     peak_bytes: Callable[[int, int, int, int], int]
     package: str | None = None
     matches: Match | None = None
+    is_native: bool = False
 
     @property
-    def is_installed(self) -> bool:
-        """Whether the package is there."""
-        return self.package is None or importlib.util.find_spec(self.package) is not None
+    def absence(self) -> str | None:
+        """Why it cannot run here, None if it can."""
+        if self.is_native and not library.is_available():
+            return library.status().reason
+        if self.package is None or importlib.util.find_spec(self.package) is not None:
+            return None
+        return f"{self.package} is not installed: pip install 'trilevel[bench]'"
 
 
 class Given(nn.Module):
@@ -66,15 +72,15 @@ class Given(nn.Module):
         return self.tensor.clone() if self.copy else self.tensor
 
 
-def ours(name: str, levels: Levels) -> Contender:
-    """The `blocked` implementation with other levels than the problem's own."""
+def ours(name: str, levels: Levels, impl: Literal["blocked", "native"] = "blocked") -> Contender:
+    """One of our implementations with other levels than the problem's own."""
 
     def build(problem: Problem) -> Callable[[], Tensor]:
         from trilevel.attention.api import multi_level_attention
 
         wants_score = levels.ratio.split(problem.heads).global_ > 0
         call = functools.partial(
-            multi_level_attention, problem.query, problem.key, problem.value, levels=levels, impl="blocked",
+            multi_level_attention, problem.query, problem.key, problem.value, levels=levels, impl=impl,
             global_score=problem.global_score if wants_score else None,
         )  # fmt: skip
         return lambda: _tensor(call())
@@ -85,6 +91,7 @@ def ours(name: str, levels: Levels) -> Contender:
         build=build,
         rows=lambda problem, rows, dtype: levels_rows(problem, rows, dtype, levels),
         peak_bytes=lambda tokens, heads, dim, size: 12 * tokens * heads * dim * max(size, 4),
+        is_native=impl == "native",
     )
 
 
@@ -97,6 +104,39 @@ def own_variants(levels: Levels) -> dict[str, Contender]:
         "local+remainder": ours("trilevel local + remainder", dataclasses.replace(levels, ratio=only_local)),
         "local": ours("trilevel local", dataclasses.replace(levels, ratio=only_local, mode="strict")),
     }
+
+
+def native_variants(levels: Levels) -> dict[str, Contender]:
+    """The native kernels by key: calibrated, the local level with its remainder, and its window alone."""
+    own = {key: variant for key, variant in own_variants(levels).items() if key != "strict"}
+    only_local = LevelRatio(1, 0, 0)
+    changes: dict[str, dict[str, Any]] = {
+        "calibrated": {},
+        "local+remainder": {"ratio": only_local},
+        "local": {"ratio": only_local, "mode": "strict"},
+    }
+    return {
+        key: ours(
+            variant.name.replace("trilevel", "trilevel native"), dataclasses.replace(levels, **changes[key]), "native"
+        )
+        for key, variant in own.items()
+    }
+
+
+def copy_floor() -> Contender:
+    """Copies of queries, keys, values and an output: what any attention has to move."""
+
+    def build(p: Problem) -> Callable[[], Tensor]:
+        output = torch.zeros_like(p.query)
+        return lambda: [x.clone() for x in (p.query, p.key, p.value, output)][-1]
+
+    return Contender(
+        name="copy of q, k, v, o",
+        scope="clone of each of the four tensors, the output's memory being new in every contender",
+        build=build,
+        rows=None,
+        peak_bytes=_tensors(5),
+    )
 
 
 def dense() -> Contender:

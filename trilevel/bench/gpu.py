@@ -188,8 +188,8 @@ def _admit(
 ) -> tuple[dict[str, Any], Callable[[], Tensor] | None]:
     """A row that says how the gate went, and the call where it passed."""
     row: dict[str, Any] = {**_row(case, contender.name, contender.scope), "matches": contender.matches}
-    if not contender.is_installed:
-        row.update(status="absent", reason=f"the package {contender.package} is not installed")
+    if contender.absence is not None:
+        row.update(status="absent", reason=contender.absence)
         return row, None
     moved = {name: getattr(problem, name).to(device) for name in ("query", "key", "value", "global_score")}
     try:
