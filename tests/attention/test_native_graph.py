@@ -108,8 +108,15 @@ def test_an_exported_graph_of_auto_has_torchs_own_operators() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", _RULED)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("base-causal", torch.float32),
+        ("segments_padding-both_ways", torch.bfloat16),
+        pytest.param("no_extras-both_ways", torch.float32, marks=pytest.mark.slow),
+        pytest.param("union_gate-causal", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_the_operator_keeps_torchs_rules(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[tuple[Any, ...]] = []
     real: Any = op._attention
