@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
-MAX_ROWS = 24
+MAX_ROWS = 48
 
 TITLES = {
     "demo": "A whole document: dense against trilevel (`make demo`)",
