@@ -96,7 +96,13 @@ def test_low_precision_errs_no_more_than_twice_the_reference(
     assert (found.double() - true).abs().max() <= allowed
 
 
-def test_the_fused_kernel_runs_the_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+# one block at each end of the row reaches beyond it
+@pytest.mark.parametrize(
+    ("dtype", "fused"), [(torch.float16, 7), (torch.float64, 2 if torch.backends.mkl.is_available() else 7)]
+)
+def test_the_fused_kernel_runs_the_windows_without_fast_products(
+    dtype: torch.dtype, fused: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[tuple[int, ...]] = []
 
     def counted(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
@@ -104,9 +110,18 @@ def test_the_fused_kernel_runs_the_windows(monkeypatch: pytest.MonkeyPatch) -> N
         return scaled_dot_product_attention(query, key, value, **options)
 
     monkeypatch.setattr("trilevel.attention.near.scaled_dot_product_attention", counted)
-    arguments = inputs(Case(name="windows", tokens=211, **STREAMED["windows"]))
+    arguments = inputs(Case(name="windows", tokens=211, **STREAMED["windows"]), dtype)
     with torch.no_grad():
         multi_level_attention(**arguments, impl="blocked")
-    # 211 tokens in blocks of 32, the last one filled up, both rows of the batch
-    assert sum(blocks for blocks, *_ in calls) == 2 * 7
+    # 211 tokens in 7 blocks of 32, the last one filled up, both rows of the batch
+    assert sum(blocks for blocks, *_ in calls) == 2 * fused
     assert all(shape[1:] == (3, 32, 5) for shape in calls)
+
+
+@pytest.mark.parametrize("padding", [None, "left", "scattered"])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+@pytest.mark.parametrize("kind", ["windows", "wide"])
+def test_fused_windows(kind: str, kv_heads: int, padding: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near, "_has_fast_products", lambda _: False)
+    case = Case(name=kind, tokens=211, kv_heads=kv_heads, padding=padding, scale=0.37, **STREAMED[kind])
+    assert_same(inputs(case))
