@@ -46,3 +46,12 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"TRILEVEL_DATA={given} is no folder")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No calibration of the user's: what `impl="auto"` runs is the same on every machine."""
+    from trilevel.attention import calibration
+
+    monkeypatch.setattr(calibration, "folder", lambda: Path("/nonexistent/trilevel"))
+    calibration.forget()

@@ -11,15 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trilevel.attention import calibration, shipped
 from trilevel.attention.api import multi_level_attention
+from trilevel.attention.calibration import CACHE_BYTES, FRESH_BYTES, Work
 from trilevel.attention.cost import (
     Cost,
     CostImpl,
     EntryCounts,
     Machine,
+    PredictedImpl,
     attention_cost,
     entry_counts,
     measure_machine,
+    predicted_ms,
+    work,
 )
 from trilevel.attention.layer import MultiLevelAttention
 from trilevel.attention.levels import LevelRatio, Levels
@@ -28,6 +33,11 @@ from trilevel.errors import ConfigError
 SMALL = Levels(ratio=LevelRatio(1, 1, 1), window=5, region_size=4, num_global_tokens=3)
 STRICT = replace(SMALL, mode="strict")
 FIXED = replace(SMALL, region_size=None, num_regions=7)
+
+
+def amounts(levels: Levels | None, impl: PredictedImpl, **changes: Any) -> Work:
+    sizes: dict[str, Any] = {"batch": 2, "num_heads": 6, "num_kv_heads": 3, "head_dim": 7, "dtype": torch.float32}
+    return work(levels, impl=impl, **({"tokens": 19} | sizes | changes))
 
 
 def cost(levels: Levels | None, *, tokens: int = 19, impl: CostImpl = "blocked", **changes: Any) -> Cost:
@@ -118,6 +128,57 @@ def test_layer_adds_its_projections() -> None:
     assert half.bytes_moved < wanted.bytes_moved
     dense = MultiLevelAttention(42, 6, levels=None, is_causal=True).cost(2, 19)
     assert dense.flops == cost(None, num_kv_heads=6, is_causal=True).flops + 2 * rows * (42 * 126 + 42 * 42)
+
+
+def test_work_of_every_implementation() -> None:
+    # two rows of 19 tokens with two heads of each class, 7 features
+    rows, moved, near = 2 * 19, 18 * 2 * 19 * 7 * 4, 6 * 2 * 19 * 5
+    tail = 2 * 2 * 19 * (1 + 5 + 4)
+    wanted = Work(1, 0, moved, 0, 0, near, tail, 7 * (near + tail), rows * 6 * 7, 0)
+    assert amounts(SMALL, "native") == wanted
+    assert amounts(SMALL, "blocked") == wanted._replace(classes=3)
+    near, tail = 2 * 2 * 19 * 5, 2 * 2 * (5 * 5 + 3 * 3)
+    pooled = rows * 4 * 7 * 4
+    wanted = Work(1, 2, moved, 0, 0, near, tail, 7 * (near + tail), 0, pooled)
+    # torch runs the regional and the global heads of `strict` either way
+    assert amounts(STRICT, "native") == wanted
+    assert amounts(STRICT, "blocked") == wanted._replace(classes=3)
+    alone = replace(STRICT, ratio=LevelRatio(1, 0, 0))
+    assert amounts(alone, "native") == Work(1, 0, moved, 0, 0, 3 * near, 0, 7 * 3 * near, 0, 0)
+    assert amounts(alone, "blocked").classes == 1
+    pairs = 2 * 6 * 19 * 19
+    wanted = Work(1, 0, moved, 0, 0, pairs, 0, 7 * pairs, 0, 0)
+    assert amounts(None, "dense") == amounts(replace(SMALL, window=37), "native") == wanted
+    assert amounts(None, "dense", is_causal=True).near == 2 * 6 * 19 * 20 // 2
+    assert amounts(SMALL, "native", is_causal=True).near == 6 * 2 * 19 * 3
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_large_tensors_spill_and_larger_outputs_are_fresh(dtype: torch.dtype, size: int) -> None:
+    # of four tensors that fill the cache exactly, then of an output that is one row too small and large enough
+    sizes: dict[str, Any] = {"batch": 1, "num_heads": 3, "num_kv_heads": 3, "head_dim": 1024 // size, "dtype": dtype}
+    fits = amounts(SMALL, "native", tokens=512, **sizes)
+    assert fits.bytes_ == 4 * 512 * 3 * 1024 < CACHE_BYTES
+    assert (fits.spilled, fits.fresh) == (0, 0)
+    spills = amounts(SMALL, "native", tokens=1024, **sizes)
+    assert (spills.spilled, spills.fresh) == (4 * 1024 * 3 * 1024 - CACHE_BYTES, 0)
+    rows = -(-FRESH_BYTES // (3 * 1024))
+    assert amounts(SMALL, "native", tokens=rows - 1, **sizes).fresh == 0
+    assert amounts(SMALL, "native", tokens=rows, **sizes).fresh == rows * 3 * 1024
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["native", "blocked", "dense"])
+def test_without_a_calibration_the_shipped_rates_predict(impl: PredictedImpl, dtype: torch.dtype) -> None:
+    levels = None if impl == "dense" else SMALL
+    assert calibration.current() is None
+    found = predicted_ms(
+        levels, batch=2, num_heads=6, num_kv_heads=3, tokens=19, head_dim=7, dtype=dtype, impl=impl
+    )  # fmt: skip
+    rates = shipped.CALIBRATION.rates[impl, str(dtype).removeprefix("torch.")]
+    own = amounts(levels, impl, dtype=dtype)
+    assert found == pytest.approx(1e-6 * sum(rate * amount for rate, amount in zip(rates, own, strict=True)))
+    assert {"cpu", "isa", "threads"} <= set(shipped.CALIBRATION.machine)
 
 
 # invariants
@@ -234,6 +295,16 @@ def test_prediction_is_within_a_factor_of_five_of_the_clock(kind: str) -> None:
         (lambda: entry_counts(None, tokens=-3), r"a cost needs tokens >= 1, got -3"),
         (lambda: cost(None, num_heads=5), r"num_heads=5 is no positive multiple of num_kv_heads=3"),
         (lambda: cost(SMALL, impl="materialised"), r"impl='materialised' is dense attention.*needs levels=None"),
+        (lambda: amounts(SMALL, "native", tokens=0), r"a cost needs tokens >= 1, got 0"),
+        (lambda: amounts(None, "native"), r"impl='native' does not go with levels=None; 'dense' is the one"),
+        (lambda: amounts(SMALL, "dense"), r"impl='dense' does not go with levels=Levels"),
+        (lambda: amounts(SMALL, "triton"), r"impl='triton' is unknown; use one of native, blocked, dense"),  # type: ignore[arg-type]
+        (
+            lambda: predicted_ms(
+                SMALL, batch=2, num_heads=6, num_kv_heads=3, tokens=19, head_dim=7, dtype=torch.float64
+            ),
+            r"dtype=torch.float64 has no measured rates; use torch.float32 or torch.bfloat16",
+        ),
         (lambda: Machine(flops_per_s=0.0, bytes_per_s=1.0), r"both rates must be > 0. Use measure_machine\(\)"),
     ],
 )

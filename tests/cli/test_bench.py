@@ -61,7 +61,7 @@ def test_smoke_of_the_whole_command() -> None:
     assert {row["status"] for row in document["measurements"]} == {"measured"}
 
 
-@pytest.mark.parametrize("case", ["levels", "listops"])
+@pytest.mark.parametrize("case", ["calibrate", "levels", "listops"])
 def test_smoke_of_the_small_cases(case: str) -> None:
     result = CliRunner().invoke(app, [case, "--smoke", "--json"])
     assert result.exit_code == 0, result.output

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trilevel.attention import library, op
 from trilevel.attention.call import Call
+from trilevel.attention.cost import cheaper
 from trilevel.attention.finite import finite_only, sees_any
 from trilevel.attention.geometry import make_geometry
 from trilevel.attention.impl import blocked, native, reference, triton
@@ -226,7 +227,14 @@ def _cheapest(call: Call) -> Impl:
         _say_once(f"impl='auto' runs blocked: {missing}")
         return "blocked"
     _say_once(f"impl='auto' runs {status.active or 'blocked'} on a CPU: {status.reason}")
-    return "native" if status.active else "blocked"
+    # a calibration times forward passes alone
+    if status.active is None or _needs_gradients(call):
+        return "native" if status.active else "blocked"
+    query = call.query
+    chosen = cheaper(call.levels, tuple(query.shape), call.key.shape[1], query.dtype, call.is_causal)
+    if chosen == "blocked":
+        _say_once("impl='auto' runs blocked on a CPU where this machine's calibration predicts it to be faster")
+    return chosen
 
 
 def _runs_dense(call: Call) -> bool:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Literal, NamedTuple
+from functools import cache, lru_cache
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from trilevel.attention import calibration, shipped
+from trilevel.attention.calibration import CACHE_BYTES, FRESH_BYTES, Calibration, Work
 from trilevel.attention.impl.blocked import STEP_LOGITS
 from trilevel.attention.levels import HeadSplit, LevelRatio, Levels
 from trilevel.errors import ConfigError
 
 CostImpl = Literal["blocked", "materialised"]
+PredictedImpl = Literal["native", "blocked", "dense"]
 # how often operators read or write a score. Materialised dense attention: product, softmax, product. Levels: also bias,
 # concatenation, layout, and the remainder's share in and out; counted in a profile of `blocked`
 MATERIALISED_PASSES, BLOCKED_PASSES = 4, 16
@@ -251,6 +254,125 @@ def _num_regions(levels: Levels, tokens: int) -> int:
         return -(-tokens // levels.region_size)
     assert levels.num_regions is not None
     return levels.num_regions
+
+
+def predicted_ms(
+    levels: Levels | None,
+    *,
+    batch: int,
+    num_heads: int,
+    num_kv_heads: int,
+    tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    is_causal: bool = False,
+    impl: PredictedImpl = "native",
+) -> float:
+    """Milliseconds of one forward call on a CPU, projections not included.
+
+    The nanoseconds for each kind of `work` come from this machine's calibration (`trilevel bench calibrate`), for the
+    threads that torch has now; without one from `shipped.py`, measured on the machine that it names.
+
+    Args:
+        levels: the levels; None is dense attention (`impl="dense"`).
+        batch, num_heads, num_kv_heads, tokens, head_dim, is_causal: as in `attention_cost`.
+        dtype: float32 or bfloat16.
+        impl: `native`, `blocked`, or `dense` (torch's own).
+
+    Raises:
+        ConfigError: sizes as in `attention_cost`; an `impl` that is unknown or not of these levels; a type without
+            rates.
+    """
+    amounts = work(
+        levels, batch=batch, num_heads=num_heads, num_kv_heads=num_kv_heads, tokens=tokens, head_dim=head_dim,
+        dtype=dtype, is_causal=is_causal, impl=impl,
+    )  # fmt: skip
+    key = (impl, str(dtype).removeprefix("torch."))
+    for known in (calibration.current(), shipped.CALIBRATION):
+        found = None if known is None else known.predicted_ms(key, amounts)
+        if found is not None:
+            return found
+    raise ConfigError(f"dtype={dtype} has no measured rates; use torch.float32 or torch.bfloat16.")
+
+
+def work(
+    levels: Levels | None,
+    *,
+    batch: int,
+    num_heads: int,
+    num_kv_heads: int,
+    tokens: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    is_causal: bool = False,
+    impl: PredictedImpl = "native",
+) -> Work:
+    """What a forward call does, in the kinds that predictions are made of; arguments as in `predicted_ms`."""
+    _check_sizes(batch=batch, tokens=tokens, head_dim=head_dim)
+    if impl not in get_args(PredictedImpl):
+        raise ConfigError(f"impl={impl!r} is unknown; use one of {', '.join(get_args(PredictedImpl))}.")
+    if (levels is None) != (impl == "dense"):
+        raise ConfigError(f"impl={impl!r} does not go with levels={levels}; 'dense' is the one of levels=None.")
+    split = (LevelRatio(1, 0, 0) if levels is None else levels.ratio).split(num_heads, num_kv_heads)
+    counts = entry_counts(levels, tokens=tokens, is_causal=is_causal)
+    pairs = batch * sum(heads * count for heads, count in zip(split, counts, strict=True))
+    size, rows = dtype.itemsize, batch * tokens
+    output = rows * num_heads * head_dim * size
+    moved = 2 * output + 2 * rows * num_kv_heads * head_dim * size
+    near, classes, folded, small = pairs, 0, 0, 0
+    if levels is not None and not _is_dense(levels, tokens):
+        near = rows * _near(levels, tokens, is_causal) * _windowed(levels, split)
+        small = split.regional + split.global_ if levels.mode == "strict" else 0
+        folded = rows * head_dim * (sum(split) if levels.mode == "calibrated" else 0)
+        by_torch = split if impl == "blocked" else split[1:] if small else ()
+        classes = sum(heads > 0 for heads in by_torch)
+    return Work(
+        calls=1,
+        classes=classes,
+        bytes_=moved,
+        spilled=max(0, moved - CACHE_BYTES),
+        fresh=output if output >= FRESH_BYTES else 0,
+        near=near,
+        tail=pairs - near,
+        products=head_dim * pairs,
+        folded=folded,
+        pooled=rows * head_dim * small * size,
+    )
+
+
+def cheaper(
+    levels: Levels, shape: tuple[int, ...], num_kv_heads: int, dtype: torch.dtype, is_causal: bool
+) -> Literal["native", "blocked"]:
+    """Which implementation this machine's calibration predicts to be faster; `native` without a calibration.
+
+    Takes microseconds from the second call of a shape on.
+
+    Args:
+        levels: the levels.
+        shape: of the queries, (batch, heads, tokens, dim).
+        num_kv_heads: key and value heads.
+        dtype: of the queries.
+        is_causal: as in `attention_cost`.
+    """
+    known = calibration.current()
+    return "native" if known is None else cheaper_by(known, levels, shape, num_kv_heads, dtype, is_causal)
+
+
+@lru_cache(maxsize=4096)
+def cheaper_by(
+    known: Calibration, levels: Levels, shape: tuple[int, ...], num_kv_heads: int, dtype: torch.dtype, is_causal: bool
+) -> Literal["native", "blocked"]:
+    """`cheaper` by a given calibration."""
+    batch, heads, tokens, dim = shape
+    found: dict[str, float] = {}
+    impls: tuple[PredictedImpl, ...] = ("native", "blocked")
+    for impl in impls:
+        amounts = work(
+            levels, batch=batch, num_heads=heads, num_kv_heads=num_kv_heads, tokens=tokens, head_dim=dim, dtype=dtype,
+            is_causal=is_causal, impl=impl,
+        )  # fmt: skip
+        found[impl] = known.predicted_ms((impl, str(dtype).removeprefix("torch.")), amounts) or float("inf")
+    return "blocked" if found["blocked"] < found["native"] else "native"
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -86,6 +86,23 @@ def listops_table(report: Report) -> Table:
     return table
 
 
+def calibrate_table(report: Report) -> Table:
+    """Measured and predicted milliseconds at every point, and what `impl="auto"` loses where it chooses."""
+    table = Table(title="cost model", title_justify="left")
+    left = ("implementation", "variant", "precision")
+    for column in (*left, "tokens", "heads x dim", "measured ms", "predicted ms", "off by", "auto / best"):
+        table.add_column(column, justify="left" if column in left else "right")
+    for row in report.rows:
+        start = (row["impl"], row["variant"], row["precision"], f"{row['tokens']:,}", f"{row['heads']} x {row['dim']}")
+        if row["status"] != "measured":
+            table.add_row(*start, row["status"])
+            continue
+        loss = f"{row['auto_over_best']:.2f}" if "auto_over_best" in row else ""
+        times = (f"{row[name]:,.3f}" for name in ("measured_ms", "predicted_ms"))
+        table.add_row(*start, *times, f"{row['relative_error']:+.0%}", loss)
+    return table
+
+
 def bars_table(bars: list[Bar]) -> Table:
     """Every bar with its value."""
     table = Table(title="bars", title_justify="left")

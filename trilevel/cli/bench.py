@@ -53,6 +53,21 @@ def attention(
 
 
 @app.command()
+def calibrate(as_json: Json = False, smoke: Smoke = False, out: Out = None, threads: Threads = None) -> None:
+    """Fit the cost model to this machine and keep it for impl="auto" and predictions; wants a quiet machine (4 min)."""
+    import torch
+
+    from trilevel.bench.calibrate import CalibrateCase, run
+    from trilevel.bench.show import calibrate_table
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _progress() as progress:
+        report = run(CalibrateCase.smoke() if smoke else CalibrateCase(), progress)
+    _finish(report, [calibrate_table(report)], as_json=as_json, out=out)
+
+
+@app.command()
 def gpu(as_json: Json = False, smoke: Smoke = False, out: Out = None) -> None:
     """Our Triton kernels at 16,384 tokens beside FlexAttention and FlashAttention. Needs an NVIDIA GPU (a minute)."""
     import os
