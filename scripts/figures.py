@@ -22,6 +22,7 @@ TITLES = {
     "demo": "A whole document: dense against trilevel (`make demo`)",
     "documents": "Extractive summarisation (`trilevel evaluate documents`)",
     "attention": "One attention layer (`trilevel bench attention`)",
+    "calibrate": "The cost model, fitted to this machine (`trilevel bench calibrate`)",
     "levels": "Do the levels earn their place? (`trilevel bench levels`)",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from trilevel.attention.calibration import Work
 from trilevel.attention.levels import Levels
 from trilevel.bench import calibrate
 from trilevel.bench.attention import gate_of
-from trilevel.bench.calibrate import CalibrateCase, Place, Point, bars, fit, judged, run, variants
+from trilevel.bench.calibrate import CalibrateCase, Place, Point, bars, digest, fit, judged, run, variants
 from trilevel.bench.contenders import Contender, own_variants
 from trilevel.bench.harness import Gate
 from trilevel.bench.nnls import fit_relative, nnls
@@ -119,6 +120,22 @@ def test_bars_are_the_worst_of_the_grid() -> None:
     assert sum("auto_over_best" in row for row in rows) == len(rows) / 2
 
 
+def test_the_digest_has_a_row_for_each_implementation_and_precision() -> None:
+    point = {"impl": "native", "precision": "float32"}
+    rows: list[dict[str, Any]] = [
+        {**point, "measured_ms": 2.0, "predicted_ms": 2.2, "relative_error": 0.1},
+        {**point, "measured_ms": 5.0, "predicted_ms": 3.5, "relative_error": -0.3},
+        {**point, "measured_ms": 7.0, "predicted_ms": 7.0, "relative_error": 0.0},
+        {**point, "precision": "bfloat16", "status": "absent"},
+    ]
+    first, second = digest(rows)
+    assert first == {
+        "implementation": "native", "precision": "float32", "points": 3, "fastest_ms": 2.0, "slowest_ms": 7.0,
+        "median_error": 0.1, "largest_error": 0.3,
+    }  # fmt: skip
+    assert (second["precision"], second["points"], second["largest_error"]) == ("bfloat16", 0, None)
+
+
 def test_nothing_measured_holds_no_bar() -> None:
     assert [(bar.value, bar.holds) for bar in bars([])] == [(None, False)] * 2
 
@@ -143,14 +160,14 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_stores_what_it_fitted(place: Path) -> None:
     report = run(tiny(keeps=True))
     assert [bar.name for bar in report.bars] == ["cost_model_error", "auto_vs_best"]
-    assert {row["status"] for row in report.rows} <= {"measured", "absent"}
-    impls = {row["impl"] for row in report.rows if row["status"] == "measured"}
+    assert {row["status"] for row in report.measurements} <= {"measured", "absent"}
+    impls = {row["impl"] for row in report.measurements if row["status"] == "measured"}
     assert impls == {"native", "blocked", "dense"} if library.is_available() else {"blocked", "dense"}
     stored = calibration.current()
     assert stored is not None
     assert stored.to_dict() == report.settings["calibration"]
     assert list(place.iterdir()) == [calibration.path_of(calibration.this_machine())]
-    for row in report.rows:
+    for row in report.measurements:
         if row["status"] == "measured":
             assert row["relative_error"] == pytest.approx(row["predicted_ms"] / row["measured_ms"] - 1)
 
@@ -173,7 +190,7 @@ def test_a_wrong_answer_is_not_timed_and_nothing_is_stored(place: Path, monkeypa
     report = run(tiny(keeps=True))
     assert report.broken == ["trilevel blocked strict"]
     assert not report.holds
-    failed = [row for row in report.rows if row["status"] == "failed"]
+    failed = [row for row in report.measurements if row["status"] == "failed"]
     assert {(row["impl"], row["variant"]) for row in failed} == {("blocked", "strict")}
     assert all("measured_ms" not in row for row in failed)
     assert list(place.iterdir()) == []
@@ -183,7 +200,7 @@ def test_without_native_kernels_the_others_are_measured(place: Path, monkeypatch
     missing = library.NativeStatus(None, (), "not built for this test")
     monkeypatch.setattr(library, "status", lambda: missing)
     report = run(tiny(keeps=True))
-    absent = [row for row in report.rows if row["status"] == "absent"]
+    absent = [row for row in report.measurements if row["status"] == "absent"]
     assert {row["impl"] for row in absent} == {"native"}
     assert {row["reason"] for row in absent} == {"not built for this test"}
     # nothing to choose from

@@ -6,6 +6,7 @@ CPU seconds, which the turns of other programs do not lengthen.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -130,7 +131,8 @@ def run(case: CalibrateCase, progress: Progress = lambda _what, _done: None) -> 
     rows = judged(fitted, found)
     return Report(
         case="calibrate",
-        rows=rows,
+        rows=digest(rows),
+        measurements=rows,
         bars=bars(rows) if case.keeps else [],
         settings=_settings(case, fitted),
         broken=broken,
@@ -175,6 +177,26 @@ def _chosen(fitted: Calibration, point: Point) -> str | None:
         return None
     shape = (1, place.heads, place.tokens, place.dim)
     return cheaper_by(fitted, point.levels, shape, place.heads, getattr(torch, place.precision), False)
+
+
+def digest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each implementation and precision: times over the grid, and how far predictions of them are off."""
+    made = []
+    for impl, precision in dict.fromkeys((row["impl"], row["precision"]) for row in rows):
+        own = [row for row in rows if (row["impl"], row["precision"]) == (impl, precision) and "predicted_ms" in row]
+        errors, times = [abs(row["relative_error"]) for row in own], [row["measured_ms"] for row in own]
+        made.append(
+            {
+                "implementation": impl,
+                "precision": precision,
+                "points": len(own),
+                "fastest_ms": min(times, default=None),
+                "slowest_ms": max(times, default=None),
+                "median_error": statistics.median(errors) if errors else None,
+                "largest_error": max(errors, default=None),
+            }
+        )
+    return made
 
 
 def bars(rows: list[dict[str, Any]]) -> list[Bar]:

@@ -92,7 +92,7 @@ def calibrate_table(report: Report) -> Table:
     left = ("implementation", "variant", "precision")
     for column in (*left, "tokens", "heads x dim", "measured ms", "predicted ms", "off by", "auto / best"):
         table.add_column(column, justify="left" if column in left else "right")
-    for row in report.rows:
+    for row in report.measurements:
         start = (row["impl"], row["variant"], row["precision"], f"{row['tokens']:,}", f"{row['heads']} x {row['dim']}")
         if row["status"] != "measured":
             table.add_row(*start, row["status"])
