@@ -75,6 +75,7 @@ struct Walker {
   const HeadClassData<E>& data;
   TileScratch& scratch;
   const int dim, padded;
+  const bool streamed;
   const std::vector<float>& log_table;
 
   // of the item
@@ -89,7 +90,7 @@ struct Walker {
   bool is_in_place = false;
 
   Walker(const trilevel_call& c, const Plan& p, const HeadClassData<E>& d, TileScratch& s, const std::vector<float>& logs)
-      : call(c), plan(p), data(d), scratch(s), dim(int(c.dim)), padded(E::padded_dim(int(c.dim))), log_table(logs) {}
+      : call(c), plan(p), data(d), scratch(s), dim(int(c.dim)), padded(E::padded_dim(int(c.dim))), streamed(is_streamed(c)), log_table(logs) {}
 
   template <class Visit>
   void walk(int64_t item_index, int64_t kv_index, Visit visit) {
@@ -457,7 +458,7 @@ void attend_tile(Walker<E>& walker, const TileView& view, const Tail* tails, int
   float* chunk = scratch.chunk.get(TAIL_CHUNK * LANES);
   float* out = scratch.out.get(LANES * padded);
   float* mixing = scratch.mix.get(std::max(columns, TAIL_CHUNK) * LANES);
-  expect_rows(call, call.out, walker.item->row, head, view.tile.begin, view.tile.end);
+  if (!walker.streamed) expect_rows(call, call.out, walker.item->row, head, view.tile.begin, view.tile.end);
   walker.put_queries(view, head, rows, queries);
 
   const int at = view.begin - walker.pack_begin;
@@ -525,7 +526,7 @@ void attend_tile(Walker<E>& walker, const TileView& view, const Tail* tails, int
   for (int q = 0; q < view.tile.end - view.tile.begin; q++) {
     const int i = view.tile.begin + q;
     const bool is_seen = view.row->is_real(i) && total[q] != 0;
-    doubt += write_row(call, call.out, walker.item->row, head, i, out + q * padded, is_seen ? 1 / total[q] : 0.0f);
+    doubt += write_row(call, call.out, walker.item->row, head, i, out + q * padded, is_seen ? 1 / total[q] : 0.0f, walker.streamed);
     if (call.lse) call.lse[(walker.item->row * call.heads + head) * call.tokens + i] = is_seen ? top[q] + std::log(total[q]) : -INF;
     if (is_seen && !(total[q] < INF)) doubt += all(NAN);
   }
@@ -539,6 +540,8 @@ void attend_exactly(Walker<E>& walker, const TileView& view, const Tail* tails, 
   const trilevel_call& call = walker.call;
   const bool has_rest = walker.data.has_rest, in_past = walker.data.rest_in_past;
   const int padded = walker.padded;
+  // rows that were streamed are written again
+  end_streaming();
   Buffer<float> buffer;
   float* query = buffer.get(5 * padded);
   float *temp = query + padded, *out = temp + padded, *rest_key = out + padded, *rest_value = rest_key + padded;
@@ -591,7 +594,7 @@ void attend_exactly(Walker<E>& walker, const TileView& view, const Tail* tails, 
       add_scaled(out, w / count, rest_value, padded);
     }
     for (int c = 0; c < padded; c++) out[c] = total != 0 ? out[c] / total : 0;
-    write_row(call, call.out, walker.item->row, head, i, out, 1.0f);
+    write_row(call, call.out, walker.item->row, head, i, out, 1.0f, false);
     if (call.lse) call.lse[(walker.item->row * call.heads + head) * call.tokens + i] = total != 0 ? top + std::log(total) : -INF;
   }
 }
@@ -663,6 +666,7 @@ void forward(const trilevel_call& call) {
         attend_tile(walker, view, tails, num_tails, rest, head);
       });
     }
+    end_streaming();
 #if defined(TRILEVEL_USE_AMX)
     if (E::GRANULE > 1) Bf16::release();
 #endif

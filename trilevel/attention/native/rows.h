@@ -115,13 +115,53 @@ inline char* row_address(const trilevel_call& call, const trilevel_tensor& x, in
   return static_cast<char*>(x.data) + at * (call.dtype == TRILEVEL_BF16 ? 2 : 4);
 }
 
+// outputs larger than this are written past the caches: tokens before heads, a head's rows are far apart, and reading
+// lines in order to overwrite them costs more than a fifth of a local head
+constexpr int64_t STREAMED_BYTES = int64_t(4) << 20;
+
+inline bool is_streamed(const trilevel_call& call) {
+  const int64_t row = call.dim * (call.dtype == TRILEVEL_BF16 ? 2 : 4);
+  const int64_t unit = 64, strides = call.out.batch_stride | call.out.head_stride | call.out.token_stride;
+  const int64_t bytes = strides * (call.dtype == TRILEVEL_BF16 ? 2 : 4);
+  return row % unit == 0 && bytes % unit == 0 && reinterpret_cast<uintptr_t>(call.out.data) % unit == 0 &&
+         row * call.heads * call.tokens * call.batch > STREAMED_BYTES;
+}
+
+inline void end_streaming() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // write a row times a factor (0: zeros, whatever the row holds); returns lanes that are not 0 where anything is not finite
 inline lanes write_row(const trilevel_call& call, const trilevel_tensor& x, int64_t b, int64_t head, int64_t token, const float* row,
-                       float factor) {
+                       float factor, bool streamed) {
   char* at = row_address(call, x, b, head, token);
   const int dim = int(call.dim);
   lanes doubt{};
-  for (int c = 0; c < dim; c += LANES) {
+  int c = 0;
+#if defined(__AVX512F__)
+  if (streamed && call.dtype == TRILEVEL_F32) {
+    for (; c < dim; c += LANES) {
+      const lanes y = factor != 0 ? load(row + c) * factor : lanes{};
+      doubt += y * 0.0f;
+      _mm512_stream_ps(reinterpret_cast<float*>(at) + c, (__m512)y);
+    }
+    return doubt;
+  }
+#endif
+#if defined(__AVX512BF16__)
+  if (streamed) {
+    for (; c < dim; c += 2 * LANES) {
+      const lanes y = factor != 0 ? load(row + c) * factor : lanes{}, z = factor != 0 ? load(row + c + LANES) * factor : lanes{};
+      doubt += (y + z) * 0.0f;
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(at + 2 * c), (__m512i)_mm512_cvtne2ps_pbh((__m512)z, (__m512)y));
+    }
+    return doubt;
+  }
+#endif
+  (void)streamed;
+  for (; c < dim; c += LANES) {
     const lanes y = factor != 0 ? load(row + c) * factor : lanes{};
     const int n = dim - c < LANES ? dim - c : LANES;
     doubt += y * 0.0f;
