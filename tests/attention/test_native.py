@@ -91,7 +91,7 @@ def test_any_longer_combination(case: Case, dtype: torch.dtype, seed: int) -> No
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@settings(max_examples=1_500)
+@settings(max_examples=500)
 @given(case=any_longer_case(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 9_999))
 def test_many_longer_combinations(case: Case, dtype: torch.dtype, seed: int) -> None:
     assert_exact(low(case, dtype, seed))
