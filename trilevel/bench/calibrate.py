@@ -116,7 +116,9 @@ def variants(levels: Levels) -> dict[str, Levels]:
 
 def run(case: CalibrateCase, progress: Progress = lambda _what, _done: None) -> Report:
     """Measure, fit, and store the fit unless the case says not to."""
-    corners = [(shape, precision, n) for shape in case.shapes for precision in case.precisions for n in case.lengths]
+    # the longest first: malloc then keeps memory for the others, as in a process that has seen a long input
+    lengths = sorted(case.lengths, reverse=True)
+    corners = [(shape, precision, n) for n in lengths for shape in case.shapes for precision in case.precisions]
     found: dict[Point, dict[str, Any]] = {}
     for done, ((heads, dim), precision, tokens) in enumerate(corners):
         progress(f"{precision}, {tokens:,} tokens, {heads} heads of {dim}", done / len(corners))

@@ -37,7 +37,7 @@ def nnls(matrix: Array, target: Array) -> Array:
     return x
 
 
-def fit_relative(amounts: Array, measured: Array, rounds: int = 60) -> Array:
+def fit_relative(amounts: Array, measured: Array, rounds: int = 300) -> Array:
     """Rates >= 0 whose predictions `amounts @ rates` have a small largest relative error.
 
     Relative least squares, repeated with more weight on the points that are far off; the best round counts.
