@@ -155,16 +155,13 @@ def test_work_of_every_implementation() -> None:
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_large_tensors_spill_and_larger_outputs_are_fresh(dtype: torch.dtype, size: int) -> None:
-    # of four tensors that fill the cache exactly, then of an output that is one row too small and large enough
-    sizes: dict[str, Any] = {"batch": 1, "num_heads": 3, "num_kv_heads": 3, "head_dim": 1024 // size, "dtype": dtype}
-    fits = amounts(SMALL, "native", tokens=512, **sizes)
-    assert fits.bytes_ == 4 * 512 * 3 * 1024 < CACHE_BYTES
-    assert (fits.spilled, fits.fresh) == (0, 0)
-    spills = amounts(SMALL, "native", tokens=1024, **sizes)
-    assert (spills.spilled, spills.fresh) == (4 * 1024 * 3 * 1024 - CACHE_BYTES, 0)
-    rows = -(-FRESH_BYTES // (3 * 1024))
-    assert amounts(SMALL, "native", tokens=rows - 1, **sizes).fresh == 0
-    assert amounts(SMALL, "native", tokens=rows, **sizes).fresh == rows * 3 * 1024
+    # a token takes 4 KiB in each of the four tensors
+    sizes: dict[str, Any] = {"batch": 1, "num_heads": 4, "num_kv_heads": 4, "head_dim": 1024 // size, "dtype": dtype}
+    fits, fresh = CACHE_BYTES // 2**14, FRESH_BYTES // 2**12
+    assert amounts(SMALL, "native", tokens=fits, **sizes)[2:5] == (CACHE_BYTES, 0, 0)
+    assert amounts(SMALL, "native", tokens=fits + 1, **sizes)[2:5] == (CACHE_BYTES + 2**14, 2**14, 0)
+    assert amounts(SMALL, "native", tokens=fresh - 1, **sizes).fresh == 0
+    assert amounts(SMALL, "native", tokens=fresh, **sizes).fresh == FRESH_BYTES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
