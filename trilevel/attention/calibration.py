@@ -40,7 +40,6 @@ class Work(NamedTuple):
         calls: 1.
         classes: classes of heads that torch's operators compute one after the other.
         bytes_: queries, keys, values and outputs.
-        spilled: those of them beyond `CACHE_BYTES`.
         fresh: the output's, when it is so large that each call gets new memory from the system.
         near: (query, key) pairs inside windows.
         tail: all other (query, entry) pairs.
@@ -52,7 +51,6 @@ class Work(NamedTuple):
     calls: float
     classes: float
     bytes_: float
-    spilled: float
     fresh: float
     near: float
     tail: float
@@ -61,8 +59,6 @@ class Work(NamedTuple):
     pooled: float
 
 
-CACHE_BYTES = 8 * 2**20
-"""A call whose tensors are smaller finds much of them in cache; the fit is the same from 4 to 8 MiB."""
 FRESH_BYTES = 32 * 2**20
 """The most that glibc's malloc keeps for the next call; more is mapped and zeroed by the system each time."""
 

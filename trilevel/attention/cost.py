@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from trilevel.attention import calibration, shipped
-from trilevel.attention.calibration import CACHE_BYTES, FRESH_BYTES, Calibration, Work
+from trilevel.attention.calibration import FRESH_BYTES, Calibration, Work
 from trilevel.attention.impl.blocked import STEP_LOGITS
 from trilevel.attention.levels import HeadSplit, LevelRatio, Levels
 from trilevel.errors import ConfigError
@@ -318,7 +318,6 @@ def work(
     pairs = batch * sum(heads * count for heads, count in zip(split, counts, strict=True))
     size, rows = dtype.itemsize, batch * tokens
     output = rows * num_heads * head_dim * size
-    moved = 2 * output + 2 * rows * num_kv_heads * head_dim * size
     near, classes, folded, small = pairs, 0, 0, 0
     if levels is not None and not _is_dense(levels, tokens):
         near = rows * _near(levels, tokens, is_causal) * _windowed(levels, split)
@@ -329,8 +328,7 @@ def work(
     return Work(
         calls=1,
         classes=classes,
-        bytes_=moved,
-        spilled=max(0, moved - CACHE_BYTES),
+        bytes_=2 * output + 2 * rows * num_kv_heads * head_dim * size,
         fresh=output if output >= FRESH_BYTES else 0,
         near=near,
         tail=pairs - near,
