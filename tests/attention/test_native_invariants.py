@@ -345,3 +345,14 @@ def test_sizes_beyond_the_row_are_those_of_the_row(is_causal: bool, segments: An
     assert_exact(
         round_scores(inputs(Case(name="wide", levels=wide, is_causal=is_causal, segments=segments), torch.float32))
     )
+
+
+def test_logits_far_below_zero_are_weights_like_any_others() -> None:
+    arguments = inputs(Case(name="low", tokens=37, extras=False), torch.float32)
+    arguments["query"], arguments["key"] = (
+        torch.full_like(arguments["query"], 1e16),
+        torch.full_like(arguments["key"], -1e16),
+    )
+    out, _ = attend(arguments)
+    mean = arguments["value"].mean(2, keepdim=True)
+    torch.testing.assert_close(out, mean.expand_as(out), rtol=1e-4, atol=1e-5)

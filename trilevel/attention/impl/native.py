@@ -21,7 +21,7 @@ from trilevel.errors import ImplementationError
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_DIM = 256
-MAX_TOKENS = 2**31 - 2**16
+MAX_TOKENS = 2**30
 
 
 class _Tensor(Structure):

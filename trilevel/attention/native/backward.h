@@ -99,7 +99,9 @@ struct BackwardTile {
       if (!walker.row->is_real(i)) continue;
       const int64_t at = (walker.item->row * call.heads + head) * call.tokens + i;
       grad.read(i, out + q * padded);
-      delta[q] = dot(out + q * padded, attended.view(i, temp), padded) - (grads.grad_lse ? grads.grad_lse[at] : 0.0f);
+      delta[q] = -(grads.grad_lse ? grads.grad_lse[at] : 0.0f);
+      // bfloat16 outputs are too coarse: the sum over the entries is taken instead
+      if (call.dtype == TRILEVEL_F32) delta[q] += dot(out + q * padded, attended.view(i, temp), padded);
       lse[q] = call.lse[at];
     }
   }
@@ -124,15 +126,19 @@ struct BackwardTile {
     const int at = view.begin - walker.pack_begin;
     F32::score(walker.keys, at, n, queries, padded, scores);
     F32::score(walker.values, at, n, grad_queries, padded, products);
-    lanes share{}, epsilon{};
+    lanes share{}, epsilon{}, mean{}, count = all(1.0f);
     if (has_rest) {
-      lanes count;
       const lanes logit = rest_logit(view, rest, in_past, rows, padded, scores, 1.0f, count);
-      const lanes mean = rest_product(view, rest.value, in_past, grad_rows, padded, products) / count;
-      const lanes p = probability(logit, lse);
-      share = p / count;
-      epsilon = share * (mean - delta);
+      mean = rest_product(view, rest.value, in_past, grad_rows, padded, products) / count;
+      share = probability(logit, lse) / count;
     }
+    if (walker.call.dtype == TRILEVEL_BF16) {
+      delta += share * count * mean;
+      for (int j = 0; j < n; j++)
+        delta += select(view.near(j), probability(load(scores + j * LANES), lse) * load(products + j * LANES), lanes{});
+      for (int t = 0; t < num_tails; t++) delta += tail_product(tails[t], queries, grad_queries, lse);
+    }
+    epsilon = share * (mean - delta);
     for (int j = 0; j < n; j++) {
       const ilanes near = view.near(j);
       lanes w = select(near, probability(load(scores + j * LANES), lse), lanes{});
@@ -162,6 +168,21 @@ struct BackwardTile {
   }
 
  private:
+  // sum over the entries of weight times value . gradient of the output
+  lanes tail_product(const Tail& tail, const float* queries, const float* grad_queries, lanes lse) {
+    float* scores = scratch.entry_grads.get(2 * TAIL_CHUNK * std::max(padded, LANES));
+    float* products = scores + TAIL_CHUNK * LANES;
+    lanes total{};
+    for (int first = 0; first < tail.rows; first += TAIL_CHUNK) {
+      const int n = std::min(TAIL_CHUNK, tail.rows - first);
+      F32::score(tail.key_f32, first, n, queries, padded, scores);
+      F32::score(tail.value_f32, first, n, grad_queries, padded, products);
+      for (int j = 0; j < n; j++)
+        total += probability(load(scores + j * LANES) + tail.bias_of(first + j), lse) * load(products + j * LANES);
+    }
+    return total;
+  }
+
   // starts grad_query with the share of the sums, and what the sums get
   void send_rest(const TileView& view, const Rest& rest, bool has_rest, bool in_past, const float* rows, const float* grad_rows,
                  lanes share, lanes epsilon, float* grad_query) {
@@ -391,28 +412,49 @@ inline std::vector<HeadGrads> list_heads(const Prepared<F32>& made, int padded) 
   return heads;
 }
 
+// the forward pass read region summaries in bfloat16: probabilities are those of what it read
+inline void round_regions(const trilevel_call& call, Prepared<F32>& made, int padded) {
+#if defined(__AVX512BF16__)
+  if (call.dtype != TRILEVEL_BF16) return;
+  for (Data& data : made.classes) {
+    Entries<F32>& regions = data.regions;
+    for (int64_t i = 0; data.has_regions && i < data.num_kv * (regions.rows + SPARE_ROWS) * padded; i++) {
+      regions.key.data()[i] = bf16_to_float(float_to_bf16(regions.key.data()[i]));
+      regions.value.data()[i] = bf16_to_float(float_to_bf16(regions.value.data()[i]));
+    }
+  }
+#endif
+  (void)call, (void)made, (void)padded;
+}
+
 inline void backward(const trilevel_call& call, const trilevel_grads& grads) {
   Prepared<F32> made;
   prepare(call, made);
   const int padded = F32::padded_dim(int(call.dim));
+  round_regions(call, made, padded);
   std::vector<HeadGrads> heads = list_heads(made, padded);
   std::vector<std::pair<int, int>> work;
   for (int h = 0; h < int(heads.size()); h++)
     for (int p = 0; p < int(heads[h].parts.size()); p++) work.push_back({h, p});
   const int threads = std::max(1, call.threads);
+  Failure failure;
 #pragma omp parallel num_threads(threads)
   {
     TileScratch tiles;
     GradScratch scratch;
     PoolScratch pools;
-    std::memset(tiles.claimed.get(call.tokens), 0, call.tokens);
+    failure.guard([&] { std::memset(tiles.claimed.get(call.tokens), 0, call.tokens); });
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < int64_t(work.size()); t++)
-      run_part(call, grads, made, heads[work[t].first], heads[work[t].first].parts[work[t].second], tiles, scratch);
+      failure.guard([&] {
+        HeadGrads& head = heads[work[t].first];
+        run_part(call, grads, made, head, head.parts[work[t].second], tiles, scratch);
+      });
 #pragma omp for schedule(dynamic)
     for (int64_t h = 0; h < int64_t(heads.size()); h++)
-      Gather{call, grads, made.plan, made.classes[heads[h].data], heads[h], pools, padded}.run();
+      failure.guard([&] { Gather{call, grads, made.plan, made.classes[heads[h].data], heads[h], pools, padded}.run(); });
   }
+  failure.rethrow();
   // what kv heads or rows share, in order
   for (const HeadGrads& head : heads) {
     const Data& data = made.classes[head.data];

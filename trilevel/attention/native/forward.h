@@ -1,11 +1,14 @@
 // The forward pass of a tile of queries: near block, dense tail, folded remainder.
 #pragma once
+#include <exception>
+
 #include "prepare.h"
 
 namespace trilevel {
 namespace {
 
 constexpr int TAIL_CHUNK = 64;
+constexpr float LOWEST = -3e38f;  // below every finite logit, so that the first maximum needs no special case
 
 inline int round_up(int x, int granule) { return (x + granule - 1) / granule * granule; }
 
@@ -197,6 +200,7 @@ struct Walker {
   void mark_set(int set) {
     if (!data.tokens_by_set || set == claimed_set) return;
     uint8_t* claimed = scratch.claimed.data();
+    if (!claimed) throw std::bad_alloc();
     if (claimed_set >= 0)
       for (int i : row->sets[claimed_set]) claimed[i] = 0;
     claimed_set = set;
@@ -440,7 +444,8 @@ inline lanes rest_logit(const TileView& view, const Rest& rest, bool in_past, co
   const ilanes some = number > 0.5f;
   count = select(some, number, all(1.0f));
   const lanes mean = scale * rest_product(view, rest.key, in_past, queries, padded, scores) / count;
-  return select(some, mean + log_pos(count), all(-INF));
+  // an infinite sum is not an empty remainder
+  return select(some, mean + log_pos(count) + mean * 0.0f, all(-INF));
 }
 
 template <class E>
@@ -469,10 +474,14 @@ void attend_tile(Walker<E>& walker, const TileView& view, const Tail* tails, int
     walker.read_queries(view, head, rows);
     logit = rest_logit(view, rest, in_past, rows, padded, near, call.scale, count);
   }
-  lanes top = larger(all(-1e30f), logit);
+  lanes top = larger(all(LOWEST), logit);
+  // what is seen and not finite has to show, also where its weight would be 0
+  lanes shown = has_rest ? select(logit == all(-INF), lanes{}, logit * 0.0f) : lanes{};
   for (int j = 0; j < view.rows; j++) {
-    const lanes s = select(view.near(j), load(near + j * LANES) * scale, all(-INF));
+    const ilanes is_near = view.near(j);
+    const lanes raw = load(near + j * LANES) * scale, s = select(is_near, raw, all(-INF));
     store(near + j * LANES, s);
+    shown += select(is_near, raw * 0.0f, lanes{});
     top = larger(s, top);
   }
   const lanes rest_weight = exp_neg(logit - top);
@@ -501,8 +510,9 @@ void attend_tile(Walker<E>& walker, const TileView& view, const Tail* tails, int
       E::score(static_cast<const typename E::Key*>(tail.key), first, padded_rows, queries, padded, chunk);
       lanes above = top;
       for (int j = 0; j < n; j++) {
-        const lanes s = load(chunk + j * LANES) * scale + tail.bias_of(first + j);
+        const lanes bias = tail.bias_of(first + j), raw = load(chunk + j * LANES) * scale, s = raw + bias;
         store(chunk + j * LANES, s);
+        shown += select(bias > all(-INF), raw * 0.0f, lanes{});
         above = larger(s, above);
       }
       if (any(above > top)) {
@@ -522,6 +532,7 @@ void attend_tile(Walker<E>& walker, const TileView& view, const Tail* tails, int
     }
   }
 
+  total += shown;
   lanes doubt{};
   for (int q = 0; q < view.tile.end - view.tile.begin; q++) {
     const int i = view.tile.begin + q;
@@ -579,8 +590,11 @@ void attend_exactly(Walker<E>& walker, const TileView& view, const Tail* tails, 
         seen.push_back({dot(query, tails[t].key_f32 + int64_t(j) * padded, padded) + bias, t, j});
       }
     const float rest_at = count > 0.5f ? dot(query, rest_key, padded) / count + std::log(count) : -INF;
-    float top = std::max(rest_at, -1e30f), total = 0;
+    float top = std::max(rest_at, LOWEST), total = 0;
     for (const Seen& s : seen) top = std::max(top, s.logit);
+    if (count > 0.5f && !std::isfinite(rest_at)) total = NAN;
+    for (const Seen& s : seen)
+      if (!std::isfinite(s.logit)) total = NAN;
     std::memset(out, 0, padded * sizeof(float));
     for (const Seen& s : seen) {
       const float w = std::exp(s.logit - top);
@@ -598,6 +612,26 @@ void attend_exactly(Walker<E>& walker, const TileView& view, const Tail* tails, 
     if (call.lse) call.lse[(walker.item->row * call.heads + head) * call.tokens + i] = total != 0 ? top + std::log(total) : -INF;
   }
 }
+
+// an exception must not leave a parallel region: the first one is kept and thrown behind it
+class Failure {
+ public:
+  template <class Body>
+  void guard(Body body) {
+    try {
+      body();
+    } catch (...) {
+#pragma omp critical(trilevel_failure)
+      if (!first_) first_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (first_) std::rethrow_exception(first_);
+  }
+
+ private:
+  std::exception_ptr first_;
+};
 
 template <class E>
 struct Prepared {
@@ -618,13 +652,15 @@ void prepare(const trilevel_call& call, Prepared<E>& made) {
     resets[i].assign(made.classes[i].rest_count.size(), 0);
   }
   const int threads = std::max(1, call.threads);
+  Failure failure;
 #pragma omp parallel num_threads(threads)
   {
     PoolScratch scratch;
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < int64_t(tasks.size()); t++)
-      run_task(call, made.plan, made.classes[tasks[t].data], tasks[t], resets[tasks[t].data], scratch);
+      failure.guard([&] { run_task(call, made.plan, made.classes[tasks[t].data], tasks[t], resets[tasks[t].data], scratch); });
   }
+  failure.rethrow();
   for (int i = 0; i < int(made.classes.size()); i++)
     reduce_sums(made.plan, made.classes[i], tasks, i, resets[i], E::padded_dim(int(call.dim)));
   made.log_table.resize(made.plan.max_region + 1);
@@ -652,25 +688,28 @@ void forward(const trilevel_call& call) {
   prepare(call, made);
   const std::vector<Work> work = list_work(made);
   const int threads = std::max(1, call.threads);
+  Failure failure;
 #pragma omp parallel num_threads(threads)
   {
     TileScratch scratch;
-    std::memset(scratch.claimed.get(call.tokens), 0, call.tokens);
+    failure.guard([&] { std::memset(scratch.claimed.get(call.tokens), 0, call.tokens); });
 #if defined(TRILEVEL_USE_AMX)
     if (E::GRANULE > 1) Bf16::configure();
 #endif
 #pragma omp for schedule(dynamic)
-    for (int64_t t = 0; t < int64_t(work.size()); t++) {
-      Walker<E> walker(call, made.plan, made.classes[work[t].data], scratch, made.log_table);
-      walker.walk(work[t].item, work[t].kv, [&](const TileView& view, const Tail* tails, int num_tails, const Rest& rest, int64_t head) {
-        attend_tile(walker, view, tails, num_tails, rest, head);
+    for (int64_t t = 0; t < int64_t(work.size()); t++)
+      failure.guard([&] {
+        Walker<E> walker(call, made.plan, made.classes[work[t].data], scratch, made.log_table);
+        walker.walk(work[t].item, work[t].kv, [&](const TileView& view, const Tail* tails, int num_tails, const Rest& rest, int64_t head) {
+          attend_tile(walker, view, tails, num_tails, rest, head);
+        });
       });
-    }
     end_streaming();
 #if defined(TRILEVEL_USE_AMX)
     if (E::GRANULE > 1) Bf16::release();
 #endif
   }
+  failure.rethrow();
 }
 
 }  // namespace
