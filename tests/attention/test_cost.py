@@ -134,20 +134,20 @@ def test_work_of_every_implementation() -> None:
     # two rows of 19 tokens with two heads of each class, 7 features
     rows, moved, near = 2 * 19, 18 * 2 * 19 * 7 * 4, 6 * 2 * 19 * 5
     tail = 2 * 2 * 19 * (1 + 5 + 4)
-    wanted = Work(1, 0, moved, 0, near, tail, 7 * (near + tail), rows * 6 * 7, 0)
+    wanted = Work(1, 0, 0, moved, 0, near, tail, 7 * (near + tail), rows * 6 * 7, 0)
     assert amounts(SMALL, "native") == wanted
     assert amounts(SMALL, "blocked") == wanted._replace(classes=3)
     near, tail = 2 * 2 * 19 * 5, 2 * 2 * (5 * 5 + 3 * 3)
     pooled = rows * 4 * 7 * 4
-    wanted = Work(1, 2, moved, 0, near, tail, 7 * (near + tail), 0, pooled)
+    wanted = Work(1, 2, 0, moved, 0, near, tail, 7 * (near + tail), 0, pooled)
     # torch runs the regional and the global heads of `strict` either way
     assert amounts(STRICT, "native") == wanted
-    assert amounts(STRICT, "blocked") == wanted._replace(classes=3)
+    assert amounts(STRICT, "blocked") == wanted._replace(classes=3, heads=2)
     alone = replace(STRICT, ratio=LevelRatio(1, 0, 0))
-    assert amounts(alone, "native") == Work(1, 0, moved, 0, 3 * near, 0, 7 * 3 * near, 0, 0)
-    assert amounts(alone, "blocked").classes == 1
+    assert amounts(alone, "native") == Work(1, 0, 0, moved, 0, 3 * near, 0, 7 * 3 * near, 0, 0)
+    assert amounts(alone, "blocked")[1:3] == (1, 2 * 3)
     pairs = 2 * 6 * 19 * 19
-    wanted = Work(1, 0, moved, 0, pairs, 0, 7 * pairs, 0, 0)
+    wanted = Work(1, 0, 0, moved, 0, pairs, 0, 7 * pairs, 0, 0)
     assert amounts(None, "dense") == amounts(replace(SMALL, window=37), "native") == wanted
     assert amounts(None, "dense", is_causal=True).near == 2 * 6 * 19 * 20 // 2
     assert amounts(SMALL, "native", is_causal=True).near == 6 * 2 * 19 * 3
@@ -158,8 +158,8 @@ def test_large_outputs_are_fresh(dtype: torch.dtype, size: int) -> None:
     # a token takes 4 KiB in each of the four tensors
     sizes: dict[str, Any] = {"batch": 1, "num_heads": 4, "num_kv_heads": 4, "head_dim": 1024 // size, "dtype": dtype}
     tokens = FRESH_BYTES // 2**12
-    assert amounts(SMALL, "native", tokens=tokens - 1, **sizes)[2:4] == (4 * FRESH_BYTES - 2**14, 0)
-    assert amounts(SMALL, "native", tokens=tokens, **sizes)[2:4] == (4 * FRESH_BYTES, FRESH_BYTES)
+    assert amounts(SMALL, "native", tokens=tokens - 1, **sizes)[3:5] == (4 * FRESH_BYTES - 2**14, 0)
+    assert amounts(SMALL, "native", tokens=tokens, **sizes)[3:5] == (4 * FRESH_BYTES, FRESH_BYTES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

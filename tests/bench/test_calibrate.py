@@ -24,8 +24,8 @@ from trilevel.bench.problem import Problem
 
 LEVELS = CalibrateCase().levels
 RATES = {
-    "native": Work(11e3, 900e3, 0.13, 0.5, 1.3, 0.7, 0.01, 0.5, 1.9),
-    "blocked": Work(700e3, 400e3, 0.3, 0.4, 2.3, 13.0, 0.02, 6.1, 1.7),
+    "native": Work(11e3, 900e3, 0.0, 0.13, 0.5, 1.3, 0.7, 0.01, 0.5, 1.9),
+    "blocked": Work(700e3, 400e3, 90e3, 0.3, 0.4, 2.3, 13.0, 0.02, 6.1, 1.7),
 }
 
 

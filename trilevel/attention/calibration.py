@@ -39,6 +39,7 @@ class Work(NamedTuple):
     Args:
         calls: 1.
         classes: classes of heads that torch's operators compute one after the other.
+        heads: KV heads whose windows `blocked` computes one after the other (`strict` local ones).
         bytes_: queries, keys, values and outputs.
         fresh: the output's, when it is so large that each call gets new memory from the system.
         near: (query, key) pairs inside windows.
@@ -50,6 +51,7 @@ class Work(NamedTuple):
 
     calls: float
     classes: float
+    heads: float
     bytes_: float
     fresh: float
     near: float

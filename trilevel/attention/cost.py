@@ -318,16 +318,19 @@ def work(
     pairs = batch * sum(heads * count for heads, count in zip(split, counts, strict=True))
     size, rows = dtype.itemsize, batch * tokens
     output = rows * num_heads * head_dim * size
-    near, classes, folded, small = pairs, 0, 0, 0
+    near, classes, in_turn, folded, small = pairs, 0, 0, 0, 0
     if levels is not None and not _is_dense(levels, tokens):
         near = rows * _near(levels, tokens, is_causal) * _windowed(levels, split)
         small = split.regional + split.global_ if levels.mode == "strict" else 0
         folded = rows * head_dim * (sum(split) if levels.mode == "calibrated" else 0)
         by_torch = split if impl == "blocked" else split[1:] if small else ()
         classes = sum(heads > 0 for heads in by_torch)
+        if impl == "blocked" and levels.mode == "strict":
+            in_turn = batch * split.local * num_kv_heads // num_heads
     return Work(
         calls=1,
         classes=classes,
+        heads=in_turn,
         bytes_=2 * output + 2 * rows * num_kv_heads * head_dim * size,
         fresh=output if output >= FRESH_BYTES else 0,
         near=near,

@@ -19,6 +19,7 @@ CALIBRATION = Calibration(
         ("native", "float32"): Work(
             calls=44500.0,
             classes=620000.0,
+            heads=0.0,
             bytes_=0.158,
             fresh=0.702,
             near=0.66,
@@ -30,6 +31,7 @@ CALIBRATION = Calibration(
         ("blocked", "float32"): Work(
             calls=372000.0,
             classes=374000.0,
+            heads=0.0,
             bytes_=0.308,
             fresh=0.565,
             near=4.35,
@@ -41,6 +43,7 @@ CALIBRATION = Calibration(
         ("native", "bfloat16"): Work(
             calls=154000.0,
             classes=555000.0,
+            heads=0.0,
             bytes_=0.223,
             fresh=0.0,
             near=0.957,
@@ -52,6 +55,7 @@ CALIBRATION = Calibration(
         ("blocked", "bfloat16"): Work(
             calls=594000.0,
             classes=535000.0,
+            heads=0.0,
             bytes_=0.517,
             fresh=0.0,
             near=0.629,
@@ -63,6 +67,7 @@ CALIBRATION = Calibration(
         ("dense", "float32"): Work(
             calls=25600.0,
             classes=0.0,
+            heads=0.0,
             bytes_=0.0,
             fresh=0.0,
             near=0.495,
@@ -74,6 +79,7 @@ CALIBRATION = Calibration(
         ("dense", "bfloat16"): Work(
             calls=27400.0,
             classes=0.0,
+            heads=0.0,
             bytes_=0.253,
             fresh=0.0,
             near=0.682,
