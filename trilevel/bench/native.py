@@ -87,7 +87,8 @@ def _gradient_gate(problem: Problem, grads: list[Tensor], upstream: Tensor) -> G
     rows = (tokens[:, None] + reach).clamp(0, problem.tokens - 1).unique()
 
     def defined(dtype: torch.dtype) -> Tensor:
-        leaves = [x.to(dtype).requires_grad_() for x in (problem.query, problem.key, problem.value)]
+        # a copy: `to` gives the tensor itself where it has the type already
+        leaves = [x.detach().clone().to(dtype).requires_grad_() for x in (problem.query, problem.key, problem.value)]
         own = dataclasses.replace(problem, query=leaves[0], key=leaves[1], value=leaves[2])
         with torch.enable_grad():
             out = window_rows(own, rows, dtype)

@@ -29,7 +29,7 @@ def _attention_table(report: Report, precision: str) -> Table:
         own = {row["tokens"]: row for row in rows if row["contender"] == name}
         ratios = [row for row in own.values() if "this_over_ours" in row]
         against = f"{ratios[-1]['compared_with']} ({ratios[-1]['this_over_ours']:.1f}x ours)" if ratios else ""
-        table.add_row(name, *(_cell(own[tokens]) for tokens in lengths), against)
+        table.add_row(name, *(_cell(own[tokens]) if tokens in own else "" for tokens in lengths), against)
     return table
 
 
