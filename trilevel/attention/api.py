@@ -168,13 +168,13 @@ def multi_level_attention(
 
 
 def _rotates_itself(impl: Impl, call: Call) -> bool:
-    is_split = call.levels.mode == "strict" and call.split.regional + call.split.global_ > 0
-    return impl == "native" and not (is_split or torch.compiler.is_compiling() or _needs_gradients(call))
+    is_own_call = not (call.has_strict_entries or torch.compiler.is_compiling() or _needs_gradients(call))
+    return impl == "native" and is_own_call
 
 
 def _run(impl: Impl, call: Call) -> tuple[Tensor, Tensor | None]:
-    local, others = call.split.local, call.split.regional + call.split.global_
-    if impl == "native" and call.levels.mode == "strict" and others:
+    local = call.split.local
+    if impl == "native" and call.has_strict_entries:
         native.check(call)
         # strict's other heads are small dense attention, which torch's own products run
         parts = [_run("blocked", _heads(call, local, HeadSplit(0, call.split.regional, call.split.global_)))]

@@ -37,6 +37,11 @@ class Call:
     # cosines and sines by which query and key are still to be rotated; only `native` gets such a call
     rotary: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def has_strict_entries(self) -> bool:
+        """Whether strict regional or global heads are among its heads: dense attention among a few entries."""
+        return self.levels.mode == "strict" and self.split.regional + self.split.global_ > 0
+
 
 def empty_output(query: Tensor) -> Tensor:
     """Memory for an output like `query`, tokens before heads: what the output projection reads. Not a view."""

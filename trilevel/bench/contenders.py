@@ -97,29 +97,25 @@ def ours(name: str, levels: Levels, impl: Literal["blocked", "native"] = "blocke
 
 def own_variants(levels: Levels) -> dict[str, Contender]:
     """Ours by key: calibrated, strict, the local level with its remainder, and its window alone (what peers do)."""
-    only_local = LevelRatio(1, 0, 0)
-    return {
-        "calibrated": ours("trilevel calibrated", levels),
-        "strict": ours("trilevel strict", dataclasses.replace(levels, mode="strict")),
-        "local+remainder": ours("trilevel local + remainder", dataclasses.replace(levels, ratio=only_local)),
-        "local": ours("trilevel local", dataclasses.replace(levels, ratio=only_local, mode="strict")),
-    }
+    return {key: ours(f"trilevel {name}", own) for key, (name, own) in _variants(levels).items()}
 
 
 def native_variants(levels: Levels) -> dict[str, Contender]:
-    """The native kernels by key: calibrated, the local level with its remainder, and its window alone."""
-    own = {key: variant for key, variant in own_variants(levels).items() if key != "strict"}
-    only_local = LevelRatio(1, 0, 0)
-    changes: dict[str, dict[str, Any]] = {
-        "calibrated": {},
-        "local+remainder": {"ratio": only_local},
-        "local": {"ratio": only_local, "mode": "strict"},
-    }
+    """The native kernels by key: all but strict, whose regional and global heads run elsewhere."""
     return {
-        key: ours(
-            variant.name.replace("trilevel", "trilevel native"), dataclasses.replace(levels, **changes[key]), "native"
-        )
-        for key, variant in own.items()
+        key: ours(f"trilevel native {name}", own, "native")
+        for key, (name, own) in _variants(levels).items()
+        if key != "strict"
+    }
+
+
+def _variants(levels: Levels) -> dict[str, tuple[str, Levels]]:
+    local = dataclasses.replace(levels, ratio=LevelRatio(1, 0, 0))
+    return {
+        "calibrated": ("calibrated", levels),
+        "strict": ("strict", dataclasses.replace(levels, mode="strict")),
+        "local+remainder": ("local + remainder", local),
+        "local": ("local", dataclasses.replace(local, mode="strict")),
     }
 
 

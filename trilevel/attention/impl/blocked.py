@@ -13,21 +13,12 @@ import torch
 from torch import Tensor
 
 from trilevel.attention.call import Call, empty_output
-from trilevel.attention.entries import (
-    Entries,
-    Remainder,
-    choose_global,
-    global_entries,
-    local_entries,
-    pool_weights,
-    region_slots,
-    regional_entries,
-    tail_bias,
-)
-from trilevel.attention.finite import finite_only, sees_any
-from trilevel.attention.geometry import Geometry, make_geometry, slot_view
+from trilevel.attention.entries import Entries, Remainder, global_entries, local_entries, regional_entries
+from trilevel.attention.finite import hide_nonfinite
+from trilevel.attention.geometry import Geometry, make_geometry
 from trilevel.attention.near import near_attention
 from trilevel.attention.rows import Rows, SeenTail, View, compute_dtype, view_of, window_width, windows
+from trilevel.attention.strict import strict_global, strict_regional
 
 # logits of one streamed step: 1 MiB of float32, what a second-level cache holds
 STEP_LOGITS = 256 * 1024
@@ -44,7 +35,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor | None]:
         is_causal=call.is_causal,
         device=call.query.device,
     )
-    call, seen = _hide_nonfinite(call, geometry)
+    call, seen = hide_nonfinite(call, geometry)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         parts = [_head_class(call, geometry, index, None) for index, heads in enumerate(call.split) if heads]
         out = torch.cat([part[0] for part in parts], 1)
@@ -64,15 +55,6 @@ def attend(call: Call) -> tuple[Tensor, Tensor | None]:
     return out, lse if seen is None else torch.where(seen[:, None], torch.nan, lse)
 
 
-def _hide_nonfinite(call: Call, geometry: Geometry) -> tuple[Call, Tensor | None]:
-    """Zero what no query may see, and say which rows see a non-finite token (None where all rows see all tokens)."""
-    if call.valid is None and not call.is_causal and call.segment is None:
-        return call, None
-    clean, bad, bad_query = finite_only(call)
-    seen = sees_any(bad, geometry, is_causal=call.is_causal) | bad_query
-    return clean, seen if call.valid is None else seen & call.valid
-
-
 def _head_class(call: Call, geometry: Geometry, index: int, into: Tensor | None) -> tuple[Tensor, Tensor]:
     """Heads of one class (0 local, 1 regional, 2 global); without gradients their output is written to `into`."""
     group = call.query.shape[1] // call.key.shape[1]
@@ -82,9 +64,11 @@ def _head_class(call: Call, geometry: Geometry, index: int, into: Tensor | None)
     k, v = (x[:, start // group : stop // group] for x in (call.key, call.value))
     weight = None if call.pool_weight is None else call.pool_weight[start // group : stop // group]
     if call.levels.mode == "strict" and index > 0:
-        strict = _strict_regional if index == 1 else _strict_global
         q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))
-        out, lse = strict(call, geometry, q, k, v, weight)
+        if index == 1:
+            out, lse = strict_regional(call, geometry, q, k, v, weight)
+        else:
+            out, lse = strict_global(call, geometry, q, k, v)
     else:
         entries = _entries(call, geometry, index, k, v, weight)
         if into is not None and _is_near_alone(call, q):
@@ -102,63 +86,6 @@ def _entries(call: Call, geometry: Geometry, index: int, k: Tensor, v: Tensor, w
     if index == 0:
         return local_entries(call, geometry, k, v)
     return (regional_entries if index == 1 else global_entries)(call, geometry, k, v, weight)
-
-
-def _strict_regional(
-    call: Call, geometry: Geometry, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Regions attend to regions; the result is handed to every token of the region, times its gate."""
-    slots = region_slots(call, geometry)
-    group = q.shape[1] // k.shape[1]
-    keys, share = pool_weights(k, slots, weight)
-    pooled_k, pooled_v = ((share @ x).squeeze(-2) for x in (keys, slot_view(v, slots)))
-    pooled_q = (share.repeat_interleave(group, 1) @ slot_view(q, slots)).squeeze(-2)
-    sees = (slots.segment[:, :, None] == slots.segment[:, None]) & (slots.end > slots.start)[:, None]
-    out, lse = _small_attention(pooled_q, pooled_k, pooled_v, sees, None, call.scale)
-    region = slots.of_token.expand(q.shape[0], -1)
-    out = out.gather(2, region[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3]))
-    if call.region_gate is not None:
-        out = out * (2 * call.region_gate.to(out.dtype).sigmoid()).transpose(1, 2)[..., None]
-    return out, lse.gather(2, region[:, None].expand(-1, lse.shape[1], -1))
-
-
-def _strict_global(
-    call: Call, geometry: Geometry, q: Tensor, k: Tensor, v: Tensor, _: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Global tokens attend to global tokens; the result is scattered back, other tokens get 0."""
-    chosen = choose_global(call, geometry)
-    batch, heads, tokens, dim = q.shape
-    index, valid = chosen.index.flatten(1), chosen.valid.flatten(1)
-    owner = geometry.segment.expand(batch, -1).gather(1, index)
-    sees = (owner[:, :, None] == owner[:, None]) & valid[:, None]
-    bias = tail_bias(call)
-    pick = index[:, None, :, None]
-    chosen_q, chosen_k, chosen_v = (x.gather(2, pick.expand(-1, x.shape[1], -1, dim)) for x in (q, k, v))
-    out, lse = _small_attention(
-        chosen_q, chosen_k, chosen_v, sees, None if bias is None else bias.gather(1, index), call.scale
-    )
-    # unused places point at real tokens: they are sent to a row behind the last, which is cut off
-    target = torch.where(valid, index, tokens)[:, None].expand(-1, heads, -1)
-    full = q.new_zeros(batch, heads, tokens + 1, dim).scatter(2, target[..., None].expand_as(out), out)
-    full_lse = lse.new_full((batch, heads, tokens + 1), -torch.inf).scatter(2, target, lse)
-    return full[:, :, :tokens], full_lse[:, :, :tokens]
-
-
-def _small_attention(
-    q: Tensor, k: Tensor, v: Tensor, sees: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Dense attention among a few entries; sees (batch or 1, queries, entries), bias (batch, entries)."""
-    batch, heads, queries, dim = q.shape
-    groups = k.shape[1]
-    q = q.view(batch, groups, heads // groups, queries, dim)
-    logits = (q * scale) @ k[:, :, None].transpose(-1, -2)
-    if bias is not None:
-        logits = logits + bias[:, None, None, None].to(logits.dtype)
-    # a row that sees nothing keeps finite logits; its output is never read
-    blind = ~sees.any(-1, keepdim=True)
-    logits = torch.where((sees | blind)[:, None, None], logits, -torch.inf)
-    out = torch.softmax(logits, -1) @ v[:, :, None]
-    return out.reshape(batch, heads, queries, dim), logits.logsumexp(-1).reshape(batch, heads, queries)
 
 
 def _block(call: Call) -> int:

@@ -83,8 +83,7 @@ def check(call: Call) -> None:
 
 def suits(call: Call) -> bool:
     """Whether `impl="auto"` may choose the kernels for a call: they are built and run all of its heads."""
-    is_split = call.levels.mode == "strict" and call.split.regional + call.split.global_ > 0
-    return not is_split and obstacle(call) is None and is_available()
+    return not call.has_strict_entries and obstacle(call) is None and is_available()
 
 
 def attend(call: Call) -> tuple[Tensor, Tensor | None]:
@@ -146,7 +145,6 @@ class _Given:
     """A call as the kernels get it, and the tensors that must stay alive meanwhile."""
 
     def __init__(self, call: Call, out: Tensor, lse: Tensor | None) -> None:
-        check(call)
         levels = call.levels
         batch, heads, tokens, dim = call.query.shape
         query, key, value = (_rows(x) for x in (call.query, call.key, call.value))

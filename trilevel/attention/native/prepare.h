@@ -148,6 +148,13 @@ void pack_entries(Entries<E>& entries, int64_t head, int64_t first, int64_t coun
       E::clear(keys, values, int(j), padded);
 }
 
+// c of a selected token: log sigmoid(score) with `gate`, else 0
+inline float token_bias(const trilevel_call& call, int64_t b, int position) {
+  if (!call.has_gate_bias) return 0.0f;
+  const float x = call.score ? call.score[b * call.tokens + position] : 0.0f;
+  return std::min(x, 0.0f) - std::log1p(std::exp(-std::fabs(x)));
+}
+
 // the counts and biases that do not depend on a kv head
 template <class E>
 void fill_biases(const trilevel_call& call, const Plan& plan, HeadClassData<E>& data) {
@@ -164,10 +171,8 @@ void fill_biases(const trilevel_call& call, const Plan& plan, HeadClassData<E>& 
       }
       if (!data.has_tokens || data.tokens_by_set) continue;
       const TokenSet& set = data.stored_set(row, k);
-      for (int j = 0; data.kind == GLOBAL && call.has_gate_bias && j < int(set.size()); j++) {
-        const float x = call.score ? call.score[b * call.tokens + set[j]] : 0.0f;
-        data.tokens.bias[data.tokens.first[b][k] + j] = std::min(x, 0.0f) - std::log1p(std::exp(-std::fabs(x)));
-      }
+      for (int j = 0; data.kind == GLOBAL && j < int(set.size()); j++)
+        data.tokens.bias[data.tokens.first[b][k] + j] = token_bias(call, b, set[j]);
     }
   }
 }
