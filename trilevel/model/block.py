@@ -1,4 +1,4 @@
-"""A pre-norm transformer block: attention and feed-forward part, each added to the residual stream."""
+"""A transformer block: attention and feed-forward part, each added to the residual stream."""
 
 from __future__ import annotations
 
@@ -6,32 +6,19 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trilevel.attention.layer import Explanation, MultiLevelAttention
 from trilevel.attention.levels import Levels
+from trilevel.model.ffn import Activation, FeedForward
 
 INIT_STD = 0.02
 CHUNK_TOKENS = 4_096
 """Tokens that pass the feed-forward part at a time when no gradient is kept; bounds its memory at long inputs."""
 
 
-class FeedForward(nn.Module):
-    """Two linear maps with a GELU between, `(..., dim)` to `(..., dim)`."""
-
-    def __init__(self, dim: int, ffn_dim: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(dim, ffn_dim)
-        self.down = nn.Linear(ffn_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map each token on its own."""
-        down: Tensor = self.down(F.gelu(self.up(x)))
-        return down
-
-
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + ffn(norm(x))`.
+    """`x + attention(norm(x))`, then `x + ffn(norm(x))`; with `norm_first=False` `norm(x + attention(x))`, then
+    `norm(x + ffn(x))`.
 
     Args:
         dim: width of the residual stream.
@@ -43,6 +30,13 @@ class Block(nn.Module):
         dropout: on what each part adds.
         norm_eps: epsilon of the layer norms.
         is_causal: a token sees no later token.
+        norm_first: norms stand before the parts (pre-norm), else behind the sums (post-norm), as in torch's
+            `TransformerEncoderLayer`.
+        has_attention_norm: False leaves out the norm at the attention, for input that is normalised already.
+        bias: biases in the linear maps.
+        norm_bias: biases in the norms.
+        activation: of the feed-forward part.
+        is_gated: the feed-forward part is gated, see `FeedForward`.
     """
 
     def __init__(
@@ -57,14 +51,29 @@ class Block(nn.Module):
         dropout: float = 0.0,
         norm_eps: float = 1e-5,
         is_causal: bool = False,
+        norm_first: bool = True,
+        has_attention_norm: bool = True,
+        bias: bool = True,
+        norm_bias: bool = True,
+        activation: Activation = "gelu",
+        is_gated: bool = False,
     ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm_first = norm_first
+        self.attention_norm = nn.LayerNorm(dim, eps=norm_eps, bias=norm_bias) if has_attention_norm else nn.Identity()
         self.attention = MultiLevelAttention(
-            dim, num_heads, levels=levels, num_kv_heads=num_kv_heads, rope_theta=rope_theta, is_causal=is_causal
+            dim,
+            num_heads,
+            levels=levels,
+            num_kv_heads=num_kv_heads,
+            bias=bias,
+            rope_theta=rope_theta,
+            is_causal=is_causal,
         )
-        self.ffn_norm = nn.LayerNorm(dim, eps=norm_eps)
-        self.ffn = FeedForward(dim, 4 * dim if ffn_dim is None else ffn_dim)
+        self.ffn_norm = nn.LayerNorm(dim, eps=norm_eps, bias=norm_bias)
+        self.ffn = FeedForward(
+            dim, 4 * dim if ffn_dim is None else ffn_dim, activation=activation, is_gated=is_gated, bias=bias
+        )
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -85,7 +94,7 @@ class Block(nn.Module):
         """
         is_explained = explain and self.attention.levels is not None
         attended = self.attention(
-            self.attention_norm(x),
+            self.attention_norm(x) if self.norm_first else x,
             padding_mask=padding_mask,
             segment_ids=segment_ids,
             num_segments=num_segments,
@@ -101,13 +110,21 @@ class Block(nn.Module):
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             x = x + attended
-            return x.add(self.dropout(self.ffn(self.ffn_norm(x))))
+            return x.add(self.dropout(self.ffn(self.ffn_norm(x)))) if self.norm_first else self._post_norm(x)
         # attended is ours, so the residual is added in place; under autocast its narrower type would round the stream
         residual = attended.add_(x) if attended.dtype == x.dtype else x + attended
         tokens = residual.reshape(-1, x.shape[-1])
         for chunk in tokens.split(CHUNK_TOKENS):
-            chunk += self.dropout(self.ffn(self.ffn_norm(chunk)))
+            if self.norm_first:
+                chunk += self.dropout(self.ffn(self.ffn_norm(chunk)))
+            else:
+                chunk.copy_(self._post_norm(chunk))
         return tokens.view(x.shape)
+
+    def _post_norm(self, x: Tensor) -> Tensor:
+        x = self.attention_norm(x)
+        normed: Tensor = self.ffn_norm(x + self.dropout(self.ffn(x)))
+        return normed
 
 
 def init_weights(module: nn.Module, *, num_layers: int) -> None:
@@ -124,13 +141,15 @@ def init_weights(module: nn.Module, *, num_layers: int) -> None:
         elif isinstance(part, FeedForward):
             _init_linear(part.up, INIT_STD)
             _init_linear(part.down, residual_std)
+        elif isinstance(part, nn.Conv2d):
+            _init_linear(part, INIT_STD)
         elif isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=INIT_STD)
             if part.padding_idx is not None:
                 nn.init.zeros_(part.weight[part.padding_idx])
 
 
-def _init_linear(linear: nn.Linear, std: float) -> None:
+def _init_linear(linear: nn.Linear | nn.Conv2d, std: float) -> None:
     nn.init.normal_(linear.weight, std=std)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

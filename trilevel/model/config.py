@@ -9,24 +9,31 @@ from typing import Any, TypeVar
 
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.errors import ConfigError
+from trilevel.model.ffn import Activation, check_activation
 from trilevel.model.focus import Focus
+from trilevel.model.patches import Patches
 
 LayerLevels = Levels | None | tuple[Levels | None, ...]
+LayerThetas = float | None | tuple[float | None, ...]
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncoderConfig:
-    """An encoder of pre-norm blocks.
+    """An encoder: an embedding and a stack of blocks.
+
+    The defaults are pre-norm blocks with rotary positions. Post-norm blocks over learned positions, token types and an
+    embedding norm make a BERT; gated blocks without biases, their first norm left out, a ModernBERT; `patches` a ViT.
 
     Args:
-        vocab_size: tokens in the vocabulary.
+        vocab_size: tokens in the vocabulary; None for an encoder of images (`patches`).
         dim: width of the residual stream, a multiple of `num_heads`.
         num_heads: attention heads in each block.
         num_layers: blocks.
         levels: what the heads see: one `Levels` for every block, a tuple with one for each, None for dense attention.
         num_kv_heads: key and value heads (GQA); default `num_heads`.
         ffn_dim: width inside the feed-forward part; default `4 * dim`.
-        rope_theta: base of the rotary positions; None leaves the model without positions.
+        rope_theta: base of the rotary positions, one for every block or a tuple with one for each; None for none.
         dropout: after the embedding and after both parts of a block.
         norm_eps: epsilon of the layer norms.
         is_causal: a token sees no later token.
@@ -34,33 +41,55 @@ class EncoderConfig:
             padding with `padding_mask`.
         focus: thin the text out between blocks; None sends every token through all of them.
         max_tokens: longest input accepted.
+        norm_first: norms before attention and feed-forward part (pre-norm); False puts them behind the sums.
+        has_first_norm: False leaves the first block without norm before its attention (pre-norm only).
+        has_final_norm: a norm behind the last block.
+        bias: biases in the linear maps of the blocks.
+        norm_bias: biases in the norms.
+        activation: of the feed-forward parts: `gelu`, `gelu_tanh`, `relu` or `silu`.
+        is_gated: gated feed-forward parts (GeGLU for `gelu`).
+        num_positions: rows of a table of learned absolute positions; None for none. Position i reads row
+            `i % num_positions`, so that inputs longer than the table repeat it (Longformer, arXiv 2004.05150).
+        positions_skip_padding: positions count the real tokens only (RoBERTa), not the places in the row.
+        num_token_types: rows of a table of token types (BERT's segments); None for none.
+        has_embedding_norm: a norm behind the embedding.
+        patches: image patches in place of tokens.
     """
 
-    vocab_size: int
+    vocab_size: int | None
     dim: int
     num_heads: int
     num_layers: int
     levels: LayerLevels
     num_kv_heads: int | None = None
     ffn_dim: int | None = None
-    rope_theta: float | None = 10_000.0
+    rope_theta: LayerThetas = 10_000.0
     dropout: float = 0.0
     norm_eps: float = 1e-5
     is_causal: bool = False
     padding_id: int | None = 0
     focus: Focus | None = None
     max_tokens: int = 65_536
+    norm_first: bool = True
+    has_first_norm: bool = True
+    has_final_norm: bool = True
+    bias: bool = True
+    norm_bias: bool = True
+    activation: Activation = "gelu"
+    is_gated: bool = False
+    num_positions: int | None = None
+    positions_skip_padding: bool = False
+    num_token_types: int | None = None
+    has_embedding_norm: bool = False
+    patches: Patches | None = None
 
     def __post_init__(self) -> None:
         """Check what embedding and configuration know; the blocks check the rest."""
-        for name in ("vocab_size", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"EncoderConfig: {name}={getattr(self, name)} must be >= 1.")
-        if self.padding_id is not None and not 0 <= self.padding_id < self.vocab_size:
-            raise ConfigError(
-                f"EncoderConfig: padding_id={self.padding_id} is no token of a vocabulary of {self.vocab_size}; "
-                "use None if there is no padding token."
-            )
+        for name in ("vocab_size", "max_tokens", "num_positions", "num_token_types"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"EncoderConfig: {name}={value} must be >= 1.")
+        self._check_input()
         check_blocks(
             dim=self.dim,
             num_heads=self.num_heads,
@@ -71,8 +100,28 @@ class EncoderConfig:
             dropout=self.dropout,
             focus=self.focus,
             is_causal=self.is_causal,
+            activation=self.activation,
+            norm_first=self.norm_first,
+            has_first_norm=self.has_first_norm,
         )
         layer_levels(self.levels, self.num_layers)
+
+    def _check_input(self) -> None:
+        if (self.vocab_size is None) == (self.patches is None):
+            raise ConfigError(
+                f"EncoderConfig: exactly one of vocab_size={self.vocab_size} and patches={self.patches} is needed, "
+                "tokens or images; set the other to None."
+            )
+        if self.vocab_size is None:
+            own = {"num_positions": self.num_positions, "num_token_types": self.num_token_types}
+            for name, value in own.items():
+                if value is not None:
+                    raise ConfigError(f"EncoderConfig: {name}={value} belongs to tokens; patches have none, use None.")
+        elif self.padding_id is not None and not 0 <= self.padding_id < self.vocab_size:
+            raise ConfigError(
+                f"EncoderConfig: padding_id={self.padding_id} is no token of a vocabulary of {self.vocab_size}; "
+                "use None if there is no padding token."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON types; `from_dict` gives an equal one back."""
@@ -90,6 +139,10 @@ class EncoderConfig:
             values["levels"] = levels_from_json(values["levels"])
         if values.get("focus") is not None:
             values["focus"] = from_mapping(Focus, values["focus"])
+        if values.get("patches") is not None:
+            values["patches"] = from_mapping(Patches, values["patches"])
+        if isinstance(values.get("rope_theta"), list):
+            values["rope_theta"] = tuple(values["rope_theta"])
         return from_mapping(cls, values)
 
 
@@ -100,10 +153,13 @@ def check_blocks(
     num_kv_heads: int | None,
     num_layers: int,
     ffn_dim: int | None,
-    rope_theta: float | None,
+    rope_theta: LayerThetas,
     dropout: float,
     focus: Focus | None,
     is_causal: bool,
+    activation: str = "gelu",
+    norm_first: bool = True,
+    has_first_norm: bool = True,
 ) -> None:
     """Raise `ConfigError` if blocks of these sizes cannot be built."""
     sizes = {"dim": dim, "num_heads": num_heads, "num_layers": num_layers}
@@ -116,8 +172,14 @@ def check_blocks(
         raise ConfigError(f"dim={dim} is no multiple of num_heads={num_heads}; heads share the width evenly.")
     if num_heads % sizes["num_kv_heads"]:
         raise ConfigError(f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}.")
-    if rope_theta is not None and rope_theta <= 0:
-        raise ConfigError(f"rope_theta={rope_theta} must be > 0; None leaves positions out.")
+    for theta in layer_thetas(rope_theta, num_layers):
+        if theta is not None and theta <= 0:
+            raise ConfigError(f"rope_theta={theta} must be > 0; None leaves positions out.")
+    check_activation(activation)
+    if not (norm_first or has_first_norm):
+        raise ConfigError(
+            "has_first_norm=False leaves out a norm before attention, and norm_first=False has none; set one to True."
+        )
     if not 0.0 <= dropout < 1.0:
         raise ConfigError(f"dropout={dropout} must lie in [0, 1).")
     if focus is not None and is_causal:
@@ -133,14 +195,23 @@ def check_blocks(
 
 def layer_levels(levels: LayerLevels, num_layers: int) -> tuple[Levels | None, ...]:
     """One entry for each block."""
-    if not isinstance(levels, tuple):
-        return (levels,) * num_layers
-    if len(levels) != num_layers:
+    return _for_each(levels, num_layers, "levels", "Levels")
+
+
+def layer_thetas(rope_theta: LayerThetas, num_layers: int) -> tuple[float | None, ...]:
+    """The base of the rotary positions of each block."""
+    return _for_each(rope_theta, num_layers, "rope_theta", "number")
+
+
+def _for_each(value: Entry | tuple[Entry, ...], num_layers: int, name: str, kind: str) -> tuple[Entry, ...]:
+    if not isinstance(value, tuple):
+        return (value,) * num_layers
+    if len(value) != num_layers:
         raise ConfigError(
-            f"levels has {len(levels)} entries and the model {num_layers} blocks; give one for each, or a single "
-            "Levels for all."
+            f"{name} has {len(value)} entries and the model {num_layers} blocks; give one for each, or a single "
+            f"{kind} for all."
         )
-    return levels
+    return value
 
 
 def levels_from_json(value: Any) -> LayerLevels:

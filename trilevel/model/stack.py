@@ -1,4 +1,4 @@
-"""A stack of blocks with a final norm: the encoder without its embedding, also used over sentence vectors."""
+"""A stack of blocks and a final norm: the encoder without its embedding, also used over sentence vectors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from trilevel.errors import ConfigError, ShapeError
 from trilevel.model.block import Block, init_weights
-from trilevel.model.config import LayerLevels, check_blocks, layer_levels
+from trilevel.model.config import LayerLevels, LayerThetas, check_blocks, layer_levels, layer_thetas
+from trilevel.model.ffn import Activation
 from trilevel.model.focus import Compact, Focus, UnitScorer, check_fraction, pass_gradient, tokens_of, top_units
 from trilevel.model.pool import check_unit_ids
+from trilevel.model.positions import places_in_segments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,7 @@ class _Tokens:
 
 
 class BlockStack(nn.Module):
-    """Pre-norm blocks and a final norm.
+    """Blocks and a final norm; the arguments mean what they do in `EncoderConfig`.
 
     Args:
         dim: width of the residual stream.
@@ -74,10 +76,17 @@ class BlockStack(nn.Module):
         levels: what the heads see: one `Levels` for all, a tuple with one for each block, None for dense attention.
         num_kv_heads: key and value heads; default `num_heads`.
         ffn_dim: width inside the feed-forward part; default `4 * dim`.
-        rope_theta: base of the rotary positions, None for none.
+        rope_theta: base of the rotary positions, one for all or a tuple with one for each block; None for none.
         dropout: on what each part adds.
         norm_eps: epsilon of the layer norms.
         is_causal: a token sees no later token.
+        norm_first: norms before the parts of a block, else behind the sums.
+        has_first_norm: a norm before the first attention.
+        has_final_norm: a norm behind the last block.
+        bias: biases in the linear maps.
+        norm_bias: biases in the norms.
+        activation: of the feed-forward parts.
+        is_gated: gated feed-forward parts.
         focus: send only the most important units through the blocks after `focus.after_layer`.
     """
 
@@ -90,10 +99,17 @@ class BlockStack(nn.Module):
         *,
         num_kv_heads: int | None = None,
         ffn_dim: int | None = None,
-        rope_theta: float | None = 10_000.0,
+        rope_theta: LayerThetas = 10_000.0,
         dropout: float = 0.0,
         norm_eps: float = 1e-5,
         is_causal: bool = False,
+        norm_first: bool = True,
+        has_first_norm: bool = True,
+        has_final_norm: bool = True,
+        bias: bool = True,
+        norm_bias: bool = True,
+        activation: Activation = "gelu",
+        is_gated: bool = False,
         focus: Focus | None = None,
     ) -> None:
         super().__init__()
@@ -107,6 +123,9 @@ class BlockStack(nn.Module):
             dropout=dropout,
             focus=focus,
             is_causal=is_causal,
+            activation=activation,
+            norm_first=norm_first,
+            has_first_norm=has_first_norm,
         )
         self.dim = dim
         self.focus = focus
@@ -117,15 +136,23 @@ class BlockStack(nn.Module):
                 levels=block_levels,
                 num_kv_heads=num_kv_heads,
                 ffn_dim=ffn_dim,
-                rope_theta=rope_theta,
+                rope_theta=theta,
                 dropout=dropout,
                 norm_eps=norm_eps,
                 is_causal=is_causal,
+                norm_first=norm_first,
+                has_attention_norm=has_first_norm or index > 0,
+                bias=bias,
+                norm_bias=norm_bias,
+                activation=activation,
+                is_gated=is_gated,
             )
-            for block_levels in layer_levels(levels, num_layers)
+            for index, (block_levels, theta) in enumerate(
+                zip(layer_levels(levels, num_layers), layer_thetas(rope_theta, num_layers), strict=True)
+            )
         )
         self.unit_scorer = None if focus is None else UnitScorer(dim, norm_eps=norm_eps)
-        self.final_norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.final_norm = nn.LayerNorm(dim, eps=norm_eps, bias=norm_bias) if has_final_norm else nn.Identity()
         init_weights(self, num_layers=num_layers)
 
     def forward(
@@ -236,18 +263,6 @@ class BlockStack(nn.Module):
             kept_units=keep_units,
             kept_tokens=compact.index.masked_fill(compact.padding_mask, -1),
         )
-
-
-def places_in_segments(segment_ids: Tensor) -> Tensor:
-    """Place of each token behind the first of its segment, (batch, tokens); ids must not decrease.
-
-    >>> places_in_segments(torch.tensor([[4, 4, 4, 7, 7]]))
-    tensor([[0, 1, 2, 0, 1]])
-    """
-    places = torch.arange(segment_ids.shape[1], device=segment_ids.device).expand_as(segment_ids)
-    is_first = torch.ones_like(segment_ids, dtype=torch.bool)
-    is_first[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return places - torch.where(is_first, places, 0).cummax(dim=1).values
 
 
 def _run(blocks: nn.ModuleList, x: Tensor, tokens: _Tokens, report: list[Any] | None) -> Tensor:
