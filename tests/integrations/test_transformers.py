@@ -80,7 +80,8 @@ def registered() -> Iterator[None]:
 
 
 def build(family: str, **changes: Any) -> Any:
-    return AutoModel.from_config(CONFIGS[family](**changes), attn_implementation="trilevel").eval()
+    auto: Any = AutoModel
+    return auto.from_config(CONFIGS[family](**changes), attn_implementation="trilevel").eval()
 
 
 def inputs(family: str, padding: str = "none") -> dict[str, Tensor]:
@@ -216,7 +217,7 @@ def test_the_mask_is_one_row_a_sequence() -> None:
     config._attn_implementation = "trilevel"
     x = torch.randn(BATCH, TOKENS, 44)
     given = inputs("modernbert", "both")["attention_mask"]
-    mask = create_bidirectional_mask(config=config, inputs_embeds=x, attention_mask=given)
+    mask: Any = create_bidirectional_mask(config=config, inputs_embeds=x, attention_mask=given)
     assert mask.radius is None
     assert torch.equal(mask.real, given.bool())
     plain = create_bidirectional_mask(config=config, inputs_embeds=x, attention_mask=torch.ones_like(given))
@@ -298,7 +299,7 @@ def test_gradient_checkpointing(family: str) -> None:
 @pytest.mark.parametrize("family", ["bert", "modernbert", "vit"])
 def test_compiles_into_one_graph(family: str) -> None:
     model = build(family)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
     for padding in ("none", "both"):
         given = inputs(family, padding)
         with torch.no_grad():
@@ -375,7 +376,7 @@ class LargestTensor(TorchDispatchMode):
     """Remembers how many elements the largest tensor that torch makes has."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -445,7 +446,8 @@ def test_twenty_thousand_tokens_fit() -> None:
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_compiles_with_inductor(family: str) -> None:
     model, given = build(family), inputs(family, "both")
-    found = torch.compile(model, fullgraph=True)(**given).last_hidden_state
+    compiled: Any = torch.compile(model, fullgraph=True)
+    found = compiled(**given).last_hidden_state
     assert (real(given, found) - real(given, run(model, "eager", given))).abs().max() < 1e-5
 
 
@@ -473,6 +475,9 @@ def test_a_mask_of_other_lengths_is_refused() -> None:
     given = inputs("bert")
     given["attention_mask"] = torch.ones(BATCH, TOKENS + 2, dtype=torch.long)
     with pytest.raises(ShapeError, match="got 37 queries and a mask or keys for 39 tokens"):
+        build("bert")(**given)
+    given["attention_mask"] = torch.ones(BATCH, TOKENS, TOKENS, dtype=torch.long)
+    with pytest.raises(ShapeError, match=r"got \(3, 37, 37\)\. Pass the tokenizer's attention_mask"):
         build("bert")(**given)
     given["attention_mask"] = torch.ones(1, TOKENS, dtype=torch.long)
     with pytest.raises(ShapeError, match=r"attention_mask must be \(batch, tokens\) = \(3, 37\), got \(1, 37\)"):
@@ -514,8 +519,10 @@ def masked(**changes: Any) -> TokenMask:
 
 def test_patterns_that_are_no_window_are_refused() -> None:
     assert masked() == TokenMask(None, None)
+    config = modernbert()
+    config._attn_implementation = "trilevel"
     with pytest.raises(ConfigError, match="a mask function of the model's or user's own"):
-        masked(use_vmap=True)
+        create_bidirectional_mask(config, torch.zeros(2, 11, 44), None, and_mask_function=lambda b, h, q, k: q != k)
     for radius, rule in [
         (None, lambda b, h, q, k: k <= q),
         (None, lambda b, h, q, k: (q - k).abs() <= 3),
