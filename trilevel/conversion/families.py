@@ -107,13 +107,13 @@ def _post_norm(settings: Settings, **changes: Any) -> EncoderConfig:
     return EncoderConfig(**(values | changes))
 
 
-def _hidden_sizes(settings: Settings) -> dict[str, Any]:
+def _hidden_sizes(settings: Settings, *, dropout: float) -> dict[str, Any]:
     return {
         "dim": settings.number("hidden_size"),
         "num_heads": settings.number("num_attention_heads"),
         "num_layers": settings.number("num_hidden_layers"),
         "ffn_dim": settings.number("intermediate_size"),
-        "dropout": settings.real("hidden_dropout_prob", 0.0),
+        "dropout": settings.real("hidden_dropout_prob", dropout),
         "activation": settings.choice("hidden_act", "gelu", ACTIVATIONS),
     }
 
@@ -122,7 +122,7 @@ def _bert(settings: Settings) -> Plan:
     _check_encoder(settings)
     config = _post_norm(
         settings,
-        **_hidden_sizes(settings),
+        **_hidden_sizes(settings, dropout=0.1),
         num_positions=settings.number("max_position_embeddings", 512),
         num_token_types=settings.number("type_vocab_size", 2),
     )
@@ -303,7 +303,7 @@ def _images(settings: Settings, extra_tokens: tuple[str, ...]) -> Plan:
     )
     config = EncoderConfig(
         vocab_size=None,
-        **_hidden_sizes(settings),
+        **_hidden_sizes(settings, dropout=0.0),
         levels=None,
         rope_theta=None,
         norm_eps=settings.real("layer_norm_eps", 1e-12),

@@ -111,9 +111,7 @@ def map_weights(
     given = {_own_name(name, family): name for name in tensors}
     pieces = {target: _sources(target, plan) for target in wanted}
     absent = {
-        target
-        for target, names in pieces.items()
-        if target.endswith(".bias") and target.rpartition(".")[0] in plan.without_bias and not set(names) & set(given)
+        target for target in wanted if target.endswith(".bias") and target.removesuffix(".bias") in plan.without_bias
     }
     needed = {name for target, names in pieces.items() if target not in absent for name in names}
     _check_names(given, needed, family)
