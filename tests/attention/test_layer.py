@@ -12,6 +12,7 @@ from tests.attention.cases import BASE, STRICT
 from tests.attention.oracle import oracle
 from trilevel.attention.layer import MultiLevelAttention
 from trilevel.attention.levels import LevelRatio, Levels
+from trilevel.errors import ConfigError
 
 EACH = LevelRatio(1, 1, 1)
 TOKENS, DIM = 19, 42
@@ -147,3 +148,58 @@ def test_state_loads_into_a_layer_of_the_same_levels() -> None:
     first, second = make(STRICT), make(STRICT)
     second.load_state_dict(first.state_dict())
     assert second(tokens()).equal(first(tokens()))
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["both_ways", "causal"])
+@pytest.mark.parametrize("rope_theta", [None, 100.0], ids=["no_positions", "rotary"])
+def test_dense_heads_see_everything_and_the_others_share_the_ratio(is_causal: bool, rope_theta: float | None) -> None:
+    levels = replace(BASE, ratio=LevelRatio(1, 1, 0))
+    layer = MultiLevelAttention(
+        48, 6, levels=levels, num_kv_heads=3, num_dense_heads=2, is_causal=is_causal, rope_theta=rope_theta,
+        dtype=torch.float64,
+    )  # fmt: skip
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    assert layer.head_split == (2, 2, 0)
+    assert layer.pool_weight is not None
+    assert layer.pool_weight.shape == (2, 8)
+    x = torch.randn(2, TOKENS, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    padding = torch.zeros(2, TOKENS, dtype=torch.bool)
+    padding[1, 11:] = True
+    q, k, v = layer.project(x.masked_fill(padding[..., None], 0))
+    near, _ = oracle(
+        q[:, :4], k[:, :2], v[:, :2], levels=levels, pool_weight=layer.pool_weight, padding_mask=padding,
+        is_causal=is_causal,
+    )  # fmt: skip
+    sees = ~padding[:, None, None].expand(2, 1, TOKENS, TOKENS)
+    if is_causal:
+        sees = sees & torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    dense = nn.functional.scaled_dot_product_attention(q[:, 4:], k[:, 2:], v[:, 2:], attn_mask=sees, enable_gqa=True)
+    wanted = layer.out_proj(torch.cat([near, dense], 1).transpose(1, 2).flatten(2))
+    real = ~padding
+    torch.testing.assert_close(layer(x, padding_mask=padding)[real], wanted[real], rtol=1e-11, atol=1e-11)
+
+
+def test_dense_heads_cost_what_dense_attention_costs() -> None:
+    few, all_ = (make_wide(heads).cost(3, 4_096) for heads in (2, 0))
+    assert few.flops > 2 * all_.flops
+
+
+def make_wide(num_dense_heads: int) -> MultiLevelAttention:
+    return MultiLevelAttention(48, 6, levels=Levels(ratio=LevelRatio(1, 1, 0)), num_dense_heads=num_dense_heads)
+
+
+@pytest.mark.parametrize("dense", [-1, 6, 7])
+def test_dense_heads_stand_beside_others(dense: int) -> None:
+    with pytest.raises(ConfigError, match="must be 0 to 5 of 6 heads"):
+        make(BASE, num_dense_heads=dense)
+    with pytest.raises(ConfigError, match="must be 0 to 5 of 6 heads"):
+        make(None, num_dense_heads=2)
+    with pytest.raises(ConfigError, match="whole groups of 2"):
+        make(BASE, num_dense_heads=1)
+
+
+def test_dense_heads_have_no_decode_cache() -> None:
+    layer = make(replace(BASE, ratio=LevelRatio(1, 1, 0)), num_dense_heads=2, is_causal=True)
+    with pytest.raises(ConfigError, match="levels in all heads"):
+        layer.new_cache(1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +54,7 @@ class MultiLevelAttention(nn.Module):
         bias: biases in the projections.
         rope_theta: base of the rotary positions; None for none.
         is_causal: a token sees the past and itself.
+        num_dense_heads: the last so many query heads see everything, in whole KV groups; the others share the ratio.
         impl: implementation of `multi_level_attention`.
         device: of the parameters.
         dtype: of the parameters.
@@ -74,6 +77,7 @@ class MultiLevelAttention(nn.Module):
         bias: bool = True,
         rope_theta: float | None = None,
         is_causal: bool = False,
+        num_dense_heads: int = 0,
         impl: Impl = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -89,15 +93,25 @@ class MultiLevelAttention(nn.Module):
         self.head_dim = embed_dim // num_heads
         if rope_theta is not None and self.head_dim % 2:
             raise ConfigError(f"rotary positions need an even head size, got {self.head_dim}.")
+        if num_dense_heads and (levels is None or not 0 < num_dense_heads < num_heads):
+            raise ConfigError(
+                f"num_dense_heads={num_dense_heads} must be 0 to {num_heads - 1} of {num_heads} heads, beside heads "
+                "with levels; a layer whose heads are all dense has levels=None."
+            )
+        if num_dense_heads % (num_heads // kv_heads):
+            raise ConfigError(f"num_dense_heads={num_dense_heads} must be whole groups of {num_heads // kv_heads}.")
+        self.num_dense_heads = num_dense_heads
         self.levels, self.rope_theta, self.is_causal, self.impl = levels, rope_theta, is_causal, impl
         self.in_proj = nn.Linear(
             embed_dim, (num_heads + 2 * kv_heads) * self.head_dim, bias=bias, device=device, dtype=dtype
         )
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.head_split = HeadSplit(0, 0, 0)
         if levels is not None:
-            split = levels.ratio.split(num_heads, kv_heads)
+            groups = kv_heads - num_dense_heads * kv_heads // num_heads
+            self.head_split = split = levels.ratio.split(num_heads - num_dense_heads, groups)
             # only what a head reads: a parameter without a gradient breaks data-parallel training
-            pooled = torch.zeros(kv_heads, self.head_dim, device=device, dtype=dtype)
+            pooled = torch.zeros(groups, self.head_dim, device=device, dtype=dtype)
             self.pool_weight = nn.Parameter(pooled) if split.regional or (levels.union and split.global_) else None
             if split.global_:
                 self.scorer = nn.Linear(embed_dim, 1, bias=False, device=device, dtype=dtype)
@@ -163,23 +177,23 @@ class MultiLevelAttention(nn.Module):
         if padding_mask is not None:
             x = x.masked_fill(padding_mask[..., None], 0)
         # the kernels rotate while they read the fused projection
-        is_fused = self.rope_theta is not None and self.levels is not None and _reads_fused(x, self.impl)
+        is_rotary = self.rope_theta is not None and self.levels is not None and not self.num_dense_heads
+        is_fused = is_rotary and _reads_fused(x, self.impl)
         q, k, v = self._split(x) if is_fused else self.project(x, positions)
+        masks: dict[str, Any] = {
+            "padding_mask": padding_mask,
+            "segment_ids": segment_ids,
+            "num_segments": num_segments,
+            "is_causal": self.is_causal,
+        }
         if self.levels is None:
             if explain:
                 raise ConfigError("explain=True needs levels; this layer is dense (levels=None).")
-            attended = dense_attention(
-                dense_call(
-                    q,
-                    k,
-                    v,
-                    padding_mask=padding_mask,
-                    segment_ids=segment_ids,
-                    num_segments=num_segments,
-                    is_causal=self.is_causal,
-                )
-            )
-            return self._merged(attended)
+            return self._merged(dense_attention(dense_call(q, k, v, **masks)))
+        dense = None
+        if self.num_dense_heads:
+            (q, dense_q), (k, dense_k), (v, dense_v) = (self._without_dense(part) for part in (q, k, v))
+            dense = dense_attention(dense_call(dense_q, dense_k, dense_v, **masks))
         needs_score = hasattr(self, "scorer")
         score = self.scorer(x).squeeze(-1) if needs_score else None
         attended = multi_level_attention(
@@ -192,14 +206,11 @@ class MultiLevelAttention(nn.Module):
             global_prior=global_prior if needs_score else None,
             global_forced=global_forced if needs_score else None,
             region_gate=self.region_gate(x) if hasattr(self, "region_gate") else None,
-            padding_mask=padding_mask,
-            segment_ids=segment_ids,
-            num_segments=num_segments,
-            is_causal=self.is_causal,
             rotary=self._tables(x, positions) if is_fused else None,
             impl=self.impl,
+            **masks,
         )
-        out = self._merged(attended)
+        out = self._merged(attended if dense is None else torch.cat([attended, dense], 1))
         if not explain:
             return out
         return out, self._explanation(self.levels, x, padding_mask, segment_ids, global_prior, global_forced)
@@ -215,15 +226,24 @@ class MultiLevelAttention(nn.Module):
         """
         weight = self.in_proj.weight
         size, rows = weight.element_size(), batch * tokens
-        attention = attention_cost(
-            self.levels,
-            batch=batch,
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            tokens=tokens,
-            head_dim=self.head_dim,
-            bytes_per_value=size,
-            is_causal=self.is_causal,
+        dense = self.num_dense_heads
+        parts = [(self.levels, self.num_heads - dense), (None, dense)]
+        attention = functools.reduce(
+            operator.add,
+            (
+                attention_cost(
+                    levels,
+                    batch=batch,
+                    num_heads=heads,
+                    num_kv_heads=heads * self.num_kv_heads // self.num_heads,
+                    tokens=tokens,
+                    head_dim=self.head_dim,
+                    bytes_per_value=size,
+                    is_causal=self.is_causal,
+                )
+                for levels, heads in parts
+                if heads
+            ),
         )
         # biases, the pooling weights and positions are small beside these
         shapes = [module.weight.shape for module in self.children() if isinstance(module, nn.Linear)]
@@ -238,10 +258,11 @@ class MultiLevelAttention(nn.Module):
         Raises:
             ConfigError: the layer is dense or not causal, or its levels cannot be decoded token by token.
         """
-        if self.levels is None or not self.is_causal:
+        if self.levels is None or not self.is_causal or self.num_dense_heads:
             raise ConfigError(
-                f"a decode cache needs a causal layer with levels, got is_causal={self.is_causal} and "
-                f"levels={self.levels}. Make the layer with is_causal=True and levels."
+                f"a decode cache needs a causal layer with levels in all heads, got is_causal={self.is_causal}, "
+                f"levels={self.levels} and num_dense_heads={self.num_dense_heads}. Make the layer with is_causal=True "
+                "and levels."
             )
         weight = self.in_proj.weight
         return DecodeCache(
@@ -317,6 +338,11 @@ class MultiLevelAttention(nn.Module):
         q, k, v = fused.split([heads, groups, groups], 1)
         return q, k, v
 
+    def _without_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Heads with levels and dense heads of queries, or their groups of keys or values."""
+        dense = self.num_dense_heads * x.shape[1] // self.num_heads
+        return x[:, :-dense], x[:, -dense:]
+
     def _tables(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         assert self.rope_theta is not None
         if positions is None:
@@ -359,7 +385,7 @@ class MultiLevelAttention(nn.Module):
         index = chosen.index[:, 0]
         slots = make_slots(geometry, size=levels.region_size, num_slots=levels.num_regions)
         return Explanation(
-            split=levels.ratio.split(self.num_heads, self.num_kv_heads),
+            split=self.head_split,
             global_index=index,
             global_valid=chosen.valid[:, 0],
             global_score=score.gather(1, index),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trilevel.attention.levels import Levels
-from trilevel.bench.contenders import Contender, all_peers, copy_floor, native_variants, own_variants
+from trilevel.bench.contenders import Contender, all_peers, copy_floor, fusion, native_variants, own_variants
 from trilevel.bench.harness import Bar, Gate, Progress, Report, Timing, check, interleave
 from trilevel.bench.memory import peak_memory_bytes
 from trilevel.bench.native import BAR_TOKENS, native_bars, scaling_row, training_rows
@@ -94,7 +94,8 @@ def run(case: AttentionCase, progress: Progress = lambda _what, _done: None) -> 
 
 
 def _all(levels: Levels) -> list[Contender]:
-    return [*own_variants(levels).values(), *native_variants(levels).values(), copy_floor(), *all_peers()]
+    own = [*own_variants(levels).values(), *native_variants(levels).values(), *fusion(levels)]
+    return [*own, copy_floor(), *all_peers()]
 
 
 def digest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

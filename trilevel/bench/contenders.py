@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from trilevel.attention import library
 from trilevel.attention.levels import LevelRatio, Levels
+from trilevel.attention.rope import rotary, rotary_tables, rotate
 from trilevel.bench.problem import Problem, dense_rows, levels_rows, window_rows
 
 Rows = Callable[[Problem, Tensor, torch.dtype], Tensor]
@@ -117,6 +118,46 @@ def _variants(levels: Levels) -> dict[str, tuple[str, Levels]]:
         "local+remainder": ("local + remainder", local),
         "local": ("local", dataclasses.replace(local, mode="strict")),
     }
+
+
+def fusion(levels: Levels) -> list[Contender]:
+    """From the fused projection's output to the output projection's input: rotated inside the kernels, or beforehand."""
+
+    def build(problem: Problem, *, is_inside: bool) -> Callable[[], Tensor]:
+        from trilevel.attention.api import multi_level_attention
+
+        tokens, heads = problem.tokens, problem.heads
+        projected = torch.cat([problem.query, problem.key, problem.value], 1).transpose(1, 2).contiguous()
+        tables = rotary_tables(torch.arange(tokens)[None], problem.query.shape[3])
+
+        def call() -> Tensor:
+            query, key, value = projected.transpose(1, 2).split(heads, 1)
+            if not is_inside:
+                query, key, value = rotate(query, *tables), rotate(key, *tables), value.contiguous()
+            out = multi_level_attention(
+                query, key, value, levels=levels, impl="native", global_score=problem.global_score,
+                rotary=tables if is_inside else None,
+            )  # fmt: skip
+            return split_heads(_tensor(out).transpose(1, 2).flatten(2), heads)
+
+        return call
+
+    def rows(problem: Problem, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        positions = torch.arange(problem.tokens)[None]
+        query, key = (rotary(x.to(dtype), positions) for x in (problem.query, problem.key))
+        return levels_rows(dataclasses.replace(problem, query=query, key=key), rows, dtype, levels)
+
+    return [
+        Contender(
+            name=f"trilevel native calibrated, rotary {where}",
+            scope="from the fused projection's output to the output projection's input, rotary tables given",
+            build=functools.partial(build, is_inside=where == "inside"),
+            rows=rows,
+            peak_bytes=_tensors(8),
+            is_native=True,
+        )
+        for where in ("inside", "beforehand")
+    ]
 
 
 def copy_floor() -> Contender:

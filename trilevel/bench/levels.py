@@ -47,7 +47,7 @@ class LevelsCase:
     recall: RecallTask = field(default_factory=lambda: RecallTask(num_keys=6))
     majority: MajorityTask = field(default_factory=MajorityTask)
     region_size: dict[str, int] = field(default_factory=lambda: {"recall": 8, "majority": 32})
-    steps: dict[str, int] = field(default_factory=lambda: {"recall": 1_000, "majority": 300})
+    steps: dict[str, int] = field(default_factory=lambda: {"recall": 3_000, "majority": 300})
     batch_size: dict[str, int] = field(default_factory=lambda: {"recall": 32, "majority": 16})
     learning_rate: float = 4e-3
     pool_rate: float = 20.0

@@ -16,6 +16,7 @@ from trilevel.attention.call import Call, empty_output
 from trilevel.attention.entries import Entries, Remainder, global_entries, local_entries, regional_entries
 from trilevel.attention.finite import hide_nonfinite
 from trilevel.attention.geometry import Geometry, make_geometry
+from trilevel.attention.memory import with_huge_pages
 from trilevel.attention.near import near_attention
 from trilevel.attention.rows import Rows, SeenTail, View, compute_dtype, view_of, window_width, windows
 from trilevel.attention.strict import strict_global, strict_regional
@@ -40,7 +41,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor | None]:
         parts = [_head_class(call, geometry, index, None) for index, heads in enumerate(call.split) if heads]
         out = torch.cat([part[0] for part in parts], 1)
     else:
-        out = empty_output(call.query)
+        out = with_huge_pages(empty_output(call.query))
         pieces = out.split(list(call.split), 1)
         parts = [_head_class(call, geometry, index, into) for index, into in enumerate(pieces) if into.shape[1]]
     if call.valid is not None:

@@ -17,6 +17,7 @@ from trilevel.attention.call import Call, empty_output
 from trilevel.attention.finite import sees_any
 from trilevel.attention.geometry import make_geometry
 from trilevel.attention.library import is_available, library
+from trilevel.attention.memory import with_huge_pages
 from trilevel.errors import ImplementationError
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -95,7 +96,7 @@ def attend(call: Call) -> tuple[Tensor, Tensor | None]:
     # before memory is taken for the outputs
     check(call)
     batch, heads, tokens, _ = call.query.shape
-    out = empty_output(call.query)
+    out = with_huge_pages(empty_output(call.query))
     lse = call.query.new_empty(batch, heads, tokens, dtype=torch.float32) if call.needs_lse else None
     given = _Given(call, out, lse)
     _check(library().trilevel_forward(byref(given.struct)))
@@ -128,10 +129,12 @@ def backward(call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: T
     grad_out = _rows(grad_out)
     # kept alive: the struct holds its address
     slope = None if grad_lse is None else grad_lse.float().contiguous()
-    found = {name: torch.zeros(getattr(call, name).shape, dtype=torch.float32) for name in ("query", "key", "value")}
-    for name in ("pool_weight", "score"):
-        if getattr(call, name) is not None:
-            found[name] = torch.zeros(getattr(call, name).shape, dtype=torch.float32)
+    given_by_name = {name: getattr(call, name) for name in ("query", "key", "value", "pool_weight", "score")}
+    found = {
+        name: with_huge_pages(torch.empty(x.shape, dtype=torch.float32)).zero_()
+        for name, x in given_by_name.items()
+        if x is not None
+    }
     grads = _Grads(
         grad_out=_tensor(grad_out),
         grad_lse=None if slope is None else slope.data_ptr(),
