@@ -48,7 +48,7 @@ MODERNBERT = {
     "cls_token_id": 2,
     "sep_token_id": 3,
 }
-IMAGES = {
+IMAGES: dict[str, Any] = {
     "hidden_size": DIM,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
@@ -113,7 +113,8 @@ def inputs(family: str, batch: int = 3, tokens: int = 29) -> Tensor:
     """Ids above every special token, or images."""
     if family in TEXT:
         return torch.randint(5, VOCAB, (batch, tokens))
-    return torch.randn(batch, IMAGES["num_channels"], *IMAGES["image_size"])
+    pixels: Tensor = torch.randn(batch, IMAGES["num_channels"], *IMAGES["image_size"])
+    return pixels
 
 
 def reference(model: Any, given: Tensor, **masks: Tensor) -> Tensor:

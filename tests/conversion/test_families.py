@@ -37,7 +37,9 @@ def converted(model: Any, folder: Path, **options: Any) -> Encoder:
 
 def output(encoder: Encoder, given: Tensor, **masks: Tensor) -> Tensor:
     with torch.no_grad():
-        return encoder(given, **masks)  # type: ignore[return-value]
+        hidden = encoder(given, **masks)
+    assert isinstance(hidden, Tensor)
+    return hidden
 
 
 def change(folder: Path, drop: tuple[str, ...] = (), **values: Any) -> None:
@@ -177,6 +179,8 @@ def test_defaults_are_those_of_transformers() -> None:
         whole = transformers.AutoConfig.for_model(family, **fixed).to_dict()
         bare = Settings({name: value for name, value in whole.items() if name in sizes})
         assert FAMILIES[family].plan(bare) == FAMILIES[family].plan(Settings(whole)), family
+    # a constant in the code of transformers
+    assert FAMILIES["distilbert"].plan(Settings(SIZES["distilbert"])).config.norm_eps == 1e-12
 
 
 def test_packed_texts_are_separate_inputs(tmp_path: Path) -> None:
@@ -261,8 +265,7 @@ def test_parameters_can_be_trained(tmp_path: Path) -> None:
     assert isinstance(output_, Tensor)
     output_.square().mean().backward()
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in encoder.parameters())
-    assert encoder.stack.blocks[0].attention.in_proj.weight.grad.abs().max() > 0
-    # the table of positions and the configuration are what a checkpoint keeps
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in encoder.parameters())
     assert encoder.config.dropout == 0.1
 
 
@@ -314,7 +317,7 @@ def test_unsupported_settings_are_named(family: str, values: dict[str, Any], mat
 
 
 def test_missing_setting_is_named() -> None:
-    with pytest.raises(ConfigError, match="config.json lacks 'hidden_size', which is needed"):
+    with pytest.raises(ConfigError, match=r"config\.json lacks 'hidden_size', which is needed"):
         find_family({"model_type": "bert"}).plan(Settings({}))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ from trilevel.model import presets
 from trilevel.model.config import EncoderConfig, LayerLevels
 from trilevel.model.encoder import Encoder
 from trilevel.model.focus import Focus
+from trilevel.model.patches import Patches
 
 SIZES: dict[str, Any] = {"vocab_size": 11, "dim": 24, "num_heads": 4, "num_layers": 3}
 LEVELS = Levels(ratio=LevelRatio(2, 1, 1), window=5, region_size=None, num_regions=7, num_sinks=2)
@@ -21,6 +23,71 @@ LEVELS = Levels(ratio=LevelRatio(2, 1, 1), window=5, region_size=None, num_regio
 def test_config_survives_json(levels: LayerLevels, focus: Focus | None) -> None:
     config = EncoderConfig(**SIZES, levels=levels, focus=focus, padding_id=None, rope_theta=None, ffn_dim=31)
     assert EncoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+# every field away from its default, so that one which is lost on the way shows
+ALL_CHANGED: dict[str, Any] = {
+    "num_kv_heads": 2,
+    "ffn_dim": 31,
+    "rope_theta": (3.0, None, 7.0),
+    "dropout": 0.3,
+    "norm_eps": 0.1,
+    "is_causal": True,
+    "padding_id": None,
+    "max_tokens": 97,
+    "has_first_norm": False,
+    "has_final_norm": False,
+    "bias": False,
+    "norm_bias": False,
+    "activation": "silu",
+    "is_gated": True,
+    "num_positions": 13,
+    "positions_skip_padding": True,
+    "num_token_types": 5,
+    "has_embedding_norm": True,
+}
+TOKENS = EncoderConfig(**SIZES, levels=LEVELS, **ALL_CHANGED)
+IMAGES = EncoderConfig(
+    **(SIZES | {"vocab_size": None}),
+    levels=None,
+    norm_first=False,
+    patches=Patches(image_size=(6, 15), patch_size=(2, 5), num_channels=2, num_extra_tokens=3),
+)
+
+
+@pytest.mark.parametrize("config", [TOKENS, IMAGES])
+def test_every_field_survives_json(config: EncoderConfig) -> None:
+    assert EncoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_every_field_is_in_one_of_these() -> None:
+    plain = EncoderConfig(**SIZES, levels=None)
+    fields = {field.name for field in dataclasses.fields(EncoderConfig)}
+    changed = {name for name in fields for c in (TOKENS, IMAGES) if getattr(c, name) != getattr(plain, name)}
+    # sizes, and what has a test of its own
+    assert fields - changed <= {"dim", "num_heads", "num_layers", "focus", "num_dense_heads"}
+
+
+def test_configuration_of_an_older_version_is_the_same_encoder() -> None:
+    old = {
+        **SIZES,
+        "levels": None,
+        "num_kv_heads": None,
+        "ffn_dim": None,
+        "rope_theta": 10_000.0,
+        "dropout": 0.0,
+        "norm_eps": 1e-5,
+        "is_causal": False,
+        "padding_id": 0,
+        "focus": None,
+        "max_tokens": 65_536,
+    }
+    config = EncoderConfig.from_dict(old)
+    assert config == EncoderConfig(**SIZES, levels=None)
+    block = {"attention_norm", "attention.in_proj", "attention.out_proj", "ffn_norm", "ffn.up", "ffn.down"}
+    modules = {f"stack.blocks.{index}.{module}" for index in range(3) for module in block} | {"stack.final_norm"}
+    wanted = {"embedding.table.weight"} | {f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")}
+    assert set(Encoder(config).state_dict()) == wanted
 
 
 @pytest.mark.parametrize(
@@ -46,6 +113,23 @@ def test_config_survives_json(levels: LayerLevels, focus: Focus | None) -> None:
         ({"focus": {"after_layer": 0}}, "after_layer=0 must be >= 1"),
         ({"focus": {"after_layer": 1, "fraction": 0.0}}, r"fraction=0.0 must lie in \(0, 1\]"),
         ({"focus": {"after_layer": 1}, "is_causal": True}, "a causal model would see its future"),
+        ({"rope_theta": [1.0, 2.0]}, "rope_theta has 2 entries and the model 3 blocks"),
+        ({"rope_theta": [1.0, -2.0, None]}, "rope_theta=-2.0 must be > 0"),
+        ({"activation": "mish"}, "activation='mish' is unknown; known are gelu,"),
+        ({"norm_first": False, "has_first_norm": False}, "has_first_norm=False leaves out a norm before attention"),
+        ({"num_positions": 0}, "num_positions=0 must be >= 1"),
+        ({"num_token_types": 0}, "num_token_types=0 must be >= 1"),
+        ({"vocab_size": None}, "exactly one of vocab_size=None and patches=None is needed"),
+        ({"patches": {"image_size": [4, 4], "patch_size": [2, 2]}}, "exactly one of vocab_size=11 and patches=Patches"),
+        ({"patches": {"size": 4}}, "Patches: unknown key 'size'"),
+        (
+            {"patches": {"image_size": [4, 4], "patch_size": [2, 2]}, "vocab_size": None, "num_positions": 7},
+            "num_positions=7 belongs to tokens; patches have none",
+        ),
+        (
+            {"patches": {"image_size": [4, 4], "patch_size": [2, 2]}, "vocab_size": None, "num_token_types": 2},
+            "num_token_types=2 belongs to tokens",
+        ),
     ],
 )
 def test_wrong_values_are_named(change: dict[str, Any], match: str) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trilevel.attention.levels import LevelRatio, Levels
-from trilevel.errors import ShapeError
+from trilevel.errors import ConfigError, ShapeError
 from trilevel.model import block
 from trilevel.model.config import EncoderConfig, LayerLevels
 from trilevel.model.encoder import Encoder, dense_twin, with_levels
+from trilevel.model.patches import Patches
 from trilevel.model.stack import BlockStack
 from trilevel.model.weights import copy_shared
 
@@ -55,6 +56,96 @@ def test_dense_encoder_is_the_formula() -> None:
         x = x + part.attention.out_proj((weights @ v).transpose(1, 2).flatten(2))
         x = x + part.ffn.down(F.gelu(part.ffn.up(part.ffn_norm(x))))
     torch.testing.assert_close(model(ids), model.stack.final_norm(x))
+
+
+POST_NORM = {"norm_first": False, "has_final_norm": False, "rope_theta": None, "norm_eps": 0.1}
+GATED = {"is_gated": True, "has_first_norm": False, "has_embedding_norm": True, "bias": False, "norm_bias": False}
+IMAGES = {"vocab_size": None, "patches": Patches(image_size=(6, 15), patch_size=(2, 5), num_channels=2)}
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_dense_encoder_is_that_of_torch(norm_first: bool, activation: Any) -> None:
+    model = encoder(None, **(POST_NORM | {"norm_first": norm_first, "activation": activation, "ffn_dim": 37}))
+    sharpen(model)
+    layer = nn.TransformerEncoderLayer(
+        DIM, 4, 37, 0.0, activation, layer_norm_eps=0.1, batch_first=True, norm_first=norm_first
+    )
+    theirs = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+    names = {
+        "self_attn.in_proj_": "attention.in_proj.",
+        "self_attn.out_proj.": "attention.out_proj.",
+        "linear1.": "ffn.up.",
+        "linear2.": "ffn.down.",
+        "norm1.": "attention_norm.",
+        "norm2.": "ffn_norm.",
+    }
+    for index in range(LAYERS):
+        state = model.stack.blocks[index].state_dict()
+        theirs.layers[index].load_state_dict(
+            {their + leaf: state[our + leaf] for their, our in names.items() for leaf in ("weight", "bias")}
+        )
+    ids = tokens()
+    wanted = theirs(model.embedding(ids))
+    torch.testing.assert_close(model(ids), wanted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gated_encoder_without_biases_is_the_formula() -> None:
+    model = encoder(None, **GATED, rope_theta=None)
+    sharpen(model)
+    assert not [name for name in model.state_dict() if name.endswith("bias")]
+    ids = tokens()
+    x = model.embedding.norm(model.embedding.table.weight[ids])
+    for index, part in enumerate(model.stack.blocks):
+        assert isinstance(part, block.Block)
+        start = x if index == 0 else part.attention_norm(x)
+        q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in part.attention.in_proj(start).chunk(3, dim=-1))
+        x = x + part.attention.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        inner, gate = part.ffn.up(part.ffn_norm(x)).chunk(2, dim=-1)
+        x = x + part.ffn.down(F.gelu(inner) * gate)
+    torch.testing.assert_close(model(ids), model.stack.final_norm(x), rtol=1e-4, atol=1e-5)
+
+
+def test_each_block_has_its_own_rotary_base() -> None:
+    thetas = (3.0, None, 700.0)
+    model = encoder(None, rope_theta=thetas)
+    found = [part.attention.rope_theta for part in model.stack.blocks if isinstance(part, block.Block)]
+    assert tuple(found) == thetas
+
+
+def test_learned_positions_follow_padding_and_segments() -> None:
+    model = encoder(None, num_positions=7, positions_skip_padding=True, rope_theta=None).eval()
+    sharpen(model)
+    ids = tokens(1)
+    padding = torch.zeros(1, TOKENS, dtype=torch.bool)
+    padding[:, [0, 5, 6, 20]] = True
+    segments = (torch.arange(TOKENS) >= 11).long()[None]
+    with torch.no_grad():
+        found = model(ids, padding_mask=padding)[~padding]
+        torch.testing.assert_close(found, model(ids[~padding][None])[0], rtol=1e-4, atol=1e-5)
+        packed = model(ids, padding_mask=padding, segment_ids=segments)[~padding]
+        apart = [model(ids[:, part][~padding[:, part]][None])[0] for part in (slice(0, 11), slice(11, None))]
+        torch.testing.assert_close(packed, torch.cat(apart), rtol=1e-4, atol=1e-5)
+        places = dataclasses.replace(model.config, positions_skip_padding=False)
+        other = Encoder(places).eval()
+        other.load_state_dict(model.state_dict())
+        assert not torch.allclose(other(ids, padding_mask=padding)[~padding], found, atol=1e-2)
+
+
+@pytest.mark.parametrize("levels", [None, LEVELS])
+def test_images(levels: LayerLevels) -> None:
+    model = encoder(levels, **IMAGES).eval()
+    sharpen(model)
+    pixels = torch.randn(BATCH, 2, 6, 15)
+    with torch.no_grad():
+        found = model(pixels)
+        torch.testing.assert_close(found, model.stack(model.embedding(pixels)))
+        torch.testing.assert_close(dense_twin(with_levels(model, LEVELS))(pixels), dense_twin(model)(pixels))
+    assert found.shape == (BATCH, 10, DIM)
+    with pytest.raises(ConfigError, match="an encoder of images has no token types"):
+        model(pixels, token_type_ids=torch.zeros(BATCH, 10, dtype=torch.long))
 
 
 def test_window_over_everything_equals_the_dense_twin() -> None:
@@ -121,9 +212,12 @@ def test_causal_encoder_ignores_the_future() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 4_096])
-def test_inference_in_chunks_equals_the_whole(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("changes", [{}, POST_NORM, GATED])
+def test_inference_in_chunks_equals_the_whole(
+    chunk: int, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(block, "CHUNK_TOKENS", chunk)
-    model = encoder().eval()
+    model = encoder(**changes).eval()
     sharpen(model)
     ids = tokens()
     whole = model(ids).detach()
@@ -133,8 +227,9 @@ def test_inference_in_chunks_equals_the_whole(chunk: int, monkeypatch: pytest.Mo
         torch.testing.assert_close(model(ids), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_inference_leaves_its_input_alone() -> None:
-    stack = BlockStack(DIM, 4, 2, LEVELS).eval()
+@pytest.mark.parametrize("changes", [{}, POST_NORM, {"has_first_norm": False}])
+def test_inference_leaves_its_input_alone(changes: dict[str, Any]) -> None:
+    stack = BlockStack(DIM, 4, 2, LEVELS, **changes).eval()
     x = torch.randn(BATCH, TOKENS, DIM)
     before = x.clone()
     with torch.no_grad():
@@ -154,10 +249,21 @@ def test_autocast_keeps_the_residual_stream_in_float32() -> None:
     torch.testing.assert_close(inferred, trained, rtol=0.05, atol=0.05)
 
 
-def test_every_parameter_gets_a_gradient() -> None:
-    model = encoder((LEVELS, STRICT, LEVELS))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        POST_NORM | {"num_positions": 17, "num_token_types": 1},
+        GATED,
+        IMAGES,
+    ],
+)
+def test_every_parameter_gets_a_gradient(changes: dict[str, Any]) -> None:
+    model = encoder((LEVELS, STRICT, LEVELS), **changes)
     sharpen(model)
-    model(tokens()).square().mean().backward()
+    given = torch.randn(BATCH, 2, 6, 15) if "patches" in changes else tokens()
+    # not the square, whose gradient the last norm makes vanish
+    (model(given) * torch.randn(DIM)).sum().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert without == []
 

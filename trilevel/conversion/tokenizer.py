@@ -104,7 +104,7 @@ def _wordpiece(tokenizers: Any, folder: Path) -> Any:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = tokenizers.decoders.WordPiece()
     tokenizer.post_processor = tokenizers.processors.BertProcessing(
-        sep=("[SEP]", vocabulary["[SEP]"]), cls=("[CLS]", vocabulary["[CLS]"])
+        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
     )
     tokenizer.add_special_tokens([names[0] for names in SPECIAL_TOKENS.values() if names[0] in vocabulary])
     return tokenizer
@@ -124,8 +124,8 @@ def _bpe(tokenizers: Any, folder: Path) -> Any:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=has_space)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.post_processor = tokenizers.processors.RobertaProcessing(
-        sep=("</s>", vocabulary["</s>"]),
-        cls=("<s>", vocabulary["<s>"]),
+        ("</s>", vocabulary["</s>"]),
+        ("<s>", vocabulary["<s>"]),
         trim_offsets=True,
         add_prefix_space=has_space,
     )
