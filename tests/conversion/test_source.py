@@ -17,6 +17,9 @@ from trilevel.conversion import locate
 from trilevel.conversion.sentence import Sentence, read_sentence
 from trilevel.conversion.source import Source, load_source
 from trilevel.errors import CheckpointError, ConfigError, MissingExtraError
+from trilevel.model.checkpoint import load_checkpoint, read_config, save_checkpoint
+from trilevel.model.config import EncoderConfig
+from trilevel.model.encoder import Encoder
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed (extra convert)")
 
@@ -424,6 +427,17 @@ def test_name_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtraError, match=r"huggingface_hub.*pip install 'trilevel\[convert\]'"):
         load_source("some/model")
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert", "deit"])
+def test_converted_encoder_survives_a_checkpoint(family: str, tmp_path: Path) -> None:
+    encoder = load_source(save(make(family), tmp_path / "model")).encoder
+    save_checkpoint(tmp_path / "saved", model=encoder, config=encoder.config.to_dict())
+    again = Encoder(EncoderConfig.from_dict(read_config(tmp_path / "saved"))).eval()
+    load_checkpoint(tmp_path / "saved", model=again)
+    given = inputs(family)
+    with torch.no_grad():
+        torch.testing.assert_close(again(given), encoder(given), rtol=0, atol=0)
 
 
 def test_output_needs_no_transformers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
