@@ -30,6 +30,10 @@ class CheckpointError(TrilevelError, ValueError):
     """A checkpoint is missing, damaged or belongs to another model."""
 
 
+class QualityError(TrilevelError):
+    """A result is below the quality that was asked for, and is not written."""
+
+
 class ImplementationError(TrilevelError, RuntimeError):
     """An implementation or runtime was asked for by name and cannot do what was asked."""
 

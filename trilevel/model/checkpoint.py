@@ -59,14 +59,14 @@ def save_checkpoint(
     where = Path(folder)
     if where.exists() and any(where.iterdir() if where.is_dir() else [where]) and not (where / CONFIG_FILE).is_file():
         raise CheckpointError(f"{where} exists and is no checkpoint; it is left alone. Choose another folder.")
-    files: dict[str, Callable[[Path], None]] = {MODEL_FILE: partial(_write_tensors, model.state_dict())}
+    files: dict[str, Callable[[Path], None]] = {MODEL_FILE: partial(write_tensors, model.state_dict())}
     if optimizer is not None or state is not None:
         tensors, plain = random_state()
         values: dict[str, Any] = {"state": dict(state or {}), "random": plain}
-        files[RANDOM_FILE] = partial(_write_tensors, tensors)
+        files[RANDOM_FILE] = partial(write_tensors, tensors)
         if optimizer is not None:
             moments, values["optimizer"] = flatten_optimizer(optimizer)
-            files[OPTIMIZER_FILE] = partial(_write_tensors, moments)
+            files[OPTIMIZER_FILE] = partial(write_tensors, moments)
         text = _json(values, "state")
         files[STATE_FILE] = lambda path: _write_text(path, text)
     write_folder(where, files, json.loads(_json(dict(config), "config")))
@@ -103,15 +103,15 @@ def load_checkpoint(
     """
     path, manifest = _manifest(folder)
     values = _read_state(path, manifest)
-    weights = None if model is None else _read_tensors(path, MODEL_FILE, manifest)
+    weights = None if model is None else read_tensors(path, MODEL_FILE, manifest)
     if model is not None and weights is not None:
         _check_weights(model, weights, path)
     if optimizer is not None:
-        restore_optimizer(optimizer, _read_tensors(path, OPTIMIZER_FILE, manifest), values.get("optimizer", {}))
+        restore_optimizer(optimizer, read_tensors(path, OPTIMIZER_FILE, manifest), values.get("optimizer", {}))
     if model is not None and weights is not None:
         model.load_state_dict(weights)
     if restore_random:
-        set_random_state(_read_tensors(path, RANDOM_FILE, manifest), values.get("random", {}))
+        set_random_state(read_tensors(path, RANDOM_FILE, manifest), values.get("random", {}))
     return Checkpoint(path=path, config=manifest["config"], state=values.get("state", {}))
 
 
@@ -140,7 +140,12 @@ def _read_state(path: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
-def _read_tensors(path: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_tensors(path: Path, name: str, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file that the manifest of the folder `path` lists, after its hash has been compared.
+
+    Raises:
+        CheckpointError: it is missing, changed, or no safetensors file.
+    """
     safetensors = require("safetensors.torch", extra="train")
     file = checked_file(path, name, manifest)
     try:
@@ -172,7 +177,8 @@ def _some(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more if names else "nothing"
 
 
-def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors by name as safetensors; ones that share memory are written once each."""
     # safetensors refuses tensors that share memory (tied weights), so every one is written from its own copy
     own = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

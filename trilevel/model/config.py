@@ -15,6 +15,7 @@ from trilevel.model.patches import Patches
 
 LayerLevels = Levels | None | tuple[Levels | None, ...]
 LayerThetas = float | None | tuple[float | None, ...]
+LayerCounts = int | tuple[int, ...]
 Entry = TypeVar("Entry")
 
 
@@ -32,6 +33,8 @@ class EncoderConfig:
         num_layers: blocks.
         levels: what the heads see: one `Levels` for every block, a tuple with one for each, None for dense attention.
         num_kv_heads: key and value heads (GQA); default `num_heads`.
+        num_dense_heads: heads that see everything beside those with levels, the same in every block or a tuple with
+            one for each.
         ffn_dim: width inside the feed-forward part; default `4 * dim`.
         rope_theta: base of the rotary positions, one for every block or a tuple with one for each; None for none.
         dropout: after the embedding and after both parts of a block.
@@ -62,6 +65,7 @@ class EncoderConfig:
     num_layers: int
     levels: LayerLevels
     num_kv_heads: int | None = None
+    num_dense_heads: LayerCounts = 0
     ffn_dim: int | None = None
     rope_theta: LayerThetas = 10_000.0
     dropout: float = 0.0
@@ -105,6 +109,7 @@ class EncoderConfig:
             has_first_norm=self.has_first_norm,
         )
         layer_levels(self.levels, self.num_layers)
+        layer_counts(self.num_dense_heads, self.num_layers)
 
     def _check_input(self) -> None:
         if (self.vocab_size is None) == (self.patches is None):
@@ -141,8 +146,9 @@ class EncoderConfig:
             values["focus"] = from_mapping(Focus, values["focus"])
         if values.get("patches") is not None:
             values["patches"] = from_mapping(Patches, values["patches"])
-        if isinstance(values.get("rope_theta"), list):
-            values["rope_theta"] = tuple(values["rope_theta"])
+        for name in ("rope_theta", "num_dense_heads"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         return from_mapping(cls, values)
 
 
@@ -201,6 +207,11 @@ def layer_levels(levels: LayerLevels, num_layers: int) -> tuple[Levels | None, .
 def layer_thetas(rope_theta: LayerThetas, num_layers: int) -> tuple[float | None, ...]:
     """The base of the rotary positions of each block."""
     return _for_each(rope_theta, num_layers, "rope_theta", "number")
+
+
+def layer_counts(num_dense_heads: LayerCounts, num_layers: int) -> tuple[int, ...]:
+    """How many heads of each block are dense beside those with levels."""
+    return _for_each(num_dense_heads, num_layers, "num_dense_heads", "number")
 
 
 def _for_each(value: Entry | tuple[Entry, ...], num_layers: int, name: str, kind: str) -> tuple[Entry, ...]:

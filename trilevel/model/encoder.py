@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from trilevel.errors import ConfigError
 from trilevel.model.block import init_weights
-from trilevel.model.config import EncoderConfig, LayerLevels
+from trilevel.model.config import EncoderConfig, LayerCounts, LayerLevels
 from trilevel.model.embed import TokenEmbedding
 from trilevel.model.patches import PatchEmbedding
 from trilevel.model.positions import places_in_segments, places_of_real_tokens
@@ -38,6 +38,7 @@ class Encoder(nn.Module):
             config.num_layers,
             config.levels,
             num_kv_heads=config.num_kv_heads,
+            num_dense_heads=config.num_dense_heads,
             ffn_dim=config.ffn_dim,
             rope_theta=config.rope_theta,
             dropout=config.dropout,
@@ -129,12 +130,12 @@ def _embedding(config: EncoderConfig) -> TokenEmbedding | PatchEmbedding:
     )
 
 
-def with_levels(encoder: Encoder, levels: LayerLevels) -> Encoder:
+def with_levels(encoder: Encoder, levels: LayerLevels, *, num_dense_heads: LayerCounts = 0) -> Encoder:
     """A new encoder with other levels and a copy of every weight both have; extra ones are freshly initialised.
 
     The result has the type, device and training mode of `encoder`.
     """
-    twin = Encoder(dataclasses.replace(encoder.config, levels=levels))
+    twin = Encoder(dataclasses.replace(encoder.config, levels=levels, num_dense_heads=num_dense_heads))
     weight = next(encoder.parameters())
     twin.to(device=weight.device, dtype=weight.dtype).train(encoder.training)
     copy_shared(encoder, twin)

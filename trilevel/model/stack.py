@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from trilevel.errors import ConfigError, ShapeError
 from trilevel.model.block import Block, init_weights
-from trilevel.model.config import LayerLevels, LayerThetas, check_blocks, layer_levels, layer_thetas
+from trilevel.model.config import (
+    LayerCounts,
+    LayerLevels,
+    LayerThetas,
+    check_blocks,
+    layer_counts,
+    layer_levels,
+    layer_thetas,
+)
 from trilevel.model.ffn import Activation
 from trilevel.model.focus import Compact, Focus, UnitScorer, check_fraction, pass_gradient, tokens_of, top_units
 from trilevel.model.pool import check_unit_ids
@@ -75,6 +83,7 @@ class BlockStack(nn.Module):
         num_layers: blocks.
         levels: what the heads see: one `Levels` for all, a tuple with one for each block, None for dense attention.
         num_kv_heads: key and value heads; default `num_heads`.
+        num_dense_heads: heads that see everything beside those with levels, for all or a tuple with one for each block.
         ffn_dim: width inside the feed-forward part; default `4 * dim`.
         rope_theta: base of the rotary positions, one for all or a tuple with one for each block; None for none.
         dropout: on what each part adds.
@@ -98,6 +107,7 @@ class BlockStack(nn.Module):
         levels: LayerLevels,
         *,
         num_kv_heads: int | None = None,
+        num_dense_heads: LayerCounts = 0,
         ffn_dim: int | None = None,
         rope_theta: LayerThetas = 10_000.0,
         dropout: float = 0.0,
@@ -135,6 +145,7 @@ class BlockStack(nn.Module):
                 num_heads,
                 levels=block_levels,
                 num_kv_heads=num_kv_heads,
+                num_dense_heads=dense_heads,
                 ffn_dim=ffn_dim,
                 rope_theta=theta,
                 dropout=dropout,
@@ -147,8 +158,13 @@ class BlockStack(nn.Module):
                 activation=activation,
                 is_gated=is_gated,
             )
-            for index, (block_levels, theta) in enumerate(
-                zip(layer_levels(levels, num_layers), layer_thetas(rope_theta, num_layers), strict=True)
+            for index, (block_levels, theta, dense_heads) in enumerate(
+                zip(
+                    layer_levels(levels, num_layers),
+                    layer_thetas(rope_theta, num_layers),
+                    layer_counts(num_dense_heads, num_layers),
+                    strict=True,
+                )
             )
         )
         self.unit_scorer = None if focus is None else UnitScorer(dim, norm_eps=norm_eps)
