@@ -47,7 +47,7 @@ def attention(
     if threads is not None:
         torch.set_num_threads(threads)
     case = AttentionCase.smoke() if smoke else dataclasses.replace(AttentionCase(), memory=memory)
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = run(case, progress)
     _finish(report, attention_tables(report), as_json=as_json, out=out)
 
@@ -62,7 +62,7 @@ def calibrate(as_json: Json = False, smoke: Smoke = False, out: Out = None, thre
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = run(CalibrateCase.smoke() if smoke else CalibrateCase(), progress)
     _finish(report, [calibrate_table(report)], as_json=as_json, out=out)
 
@@ -80,7 +80,7 @@ def gpu(as_json: Json = False, smoke: Smoke = False, out: Out = None) -> None:
     from trilevel.bench.gpu import GpuCase, run
     from trilevel.bench.show import gpu_table
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = run(GpuCase.smoke() if smoke else GpuCase(), progress)
     _finish(report, [gpu_table(report)], as_json=as_json, out=out)
 
@@ -105,7 +105,7 @@ def levels(
     case = LevelsCase.smoke() if smoke else LevelsCase()
     if workers is not None:
         case = dataclasses.replace(case, workers=workers)
-    with _progress() as progress:
+    with progress_bar() as progress:
         report = run(case, progress)
     if docs is not None:
         write_docs(report, docs)
@@ -162,7 +162,7 @@ def _listops_case(
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def progress_bar() -> Iterator[Progress]:
     """A bar on standard error: what is being done, how far it is, how long it has taken."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn

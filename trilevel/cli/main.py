@@ -8,11 +8,11 @@ import typer
 from typer.core import TyperGroup
 
 import trilevel
-from trilevel.cli import bench, demo, evaluate, info, summarize, train
+from trilevel.cli import bench, convert, demo, evaluate, info, summarize, train
 from trilevel.cli.exits import INTERRUPTED, USAGE_ERROR
 from trilevel.errors import TrilevelError
 
-COMMANDS = ("demo", "summarize", "train", "evaluate", "bench", "info")
+COMMANDS = ("demo", "summarize", "convert", "train", "evaluate", "bench", "info")
 
 
 class Commands(TyperGroup):
@@ -66,6 +66,7 @@ def _root(
 
 app.command("demo")(demo.demo)
 app.command("summarize")(summarize.summarize)
+app.command("convert")(convert.convert)
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(bench.app, name="bench")

@@ -30,7 +30,7 @@ from trilevel.training.loop import fit
 
 
 def _levels() -> Levels:
-    return Levels(window=129, region_size=16, num_global_tokens=64)
+    return Levels(window=257, region_size=64, num_global_tokens=64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from trilevel.errors import InputError
 
 MIN_TOKENS = 8
 """Of a piece of text; shorter ends say nothing about attention."""
+CHARACTERS_A_TOKEN = 16
+"""More than any usual text has."""
 
 
 def token_ids(source: Source, text: str, *, max_tokens: int | None = None) -> Tensor:
@@ -27,10 +29,11 @@ def token_ids(source: Source, text: str, *, max_tokens: int | None = None) -> Te
     return torch.tensor(ids)
 
 
-def pieces(source: Source, texts: Iterable[str], *, max_tokens: int, most: int) -> list[Tensor]:
+def pieces(source: Source, texts: Sequence[str], *, max_tokens: int, most: int) -> list[Tensor]:
     """Consecutive pieces of texts, each at most `max_tokens` long with special tokens around it, `most` in all.
 
-    Every text gives its first piece before any gives its second, so that few long texts do not crowd out the others.
+    Every text gives its first piece before any gives its second, so that few long texts do not crowd out the others; of
+    more than `most` texts, some spread over all of them are read.
 
     Raises:
         InputError: the encoder reads images.
@@ -42,8 +45,10 @@ def pieces(source: Source, texts: Iterable[str], *, max_tokens: int, most: int) 
         raise InputError(f"max_tokens={max_tokens} leaves {room} tokens of text; at least {MIN_TOKENS} are needed.")
     empty = source.tokenizer.encode("").ids
     begin, end = empty[: around - around // 2], empty[around - around // 2 :]
-    # as much text as the first pieces can need is tokenised, not whole libraries
-    plain = [source.tokenizer.encode(text[: 16 * max_tokens * most], add_special_tokens=False).ids for text in texts]
+    chosen = [texts[place * len(texts) // most] for place in range(most)] if len(texts) > most else texts
+    # as much of a text as its pieces need: twice their share, as others may be short
+    room_for = CHARACTERS_A_TOKEN * max_tokens * 2 * -(-most // max(1, len(chosen)))
+    plain = [source.tokenizer.encode(text[:room_for], add_special_tokens=False).ids for text in chosen]
     found: list[Tensor] = []
     start = 0
     while len(found) < most and any(len(ids) - start >= MIN_TOKENS for ids in plain):
