@@ -1,0 +1,220 @@
+"""Texts of any length to vectors, with a dense or a converted encoder."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trilevel.conversion.embed import pooled
+from trilevel.conversion.load import load_encoder
+from trilevel.conversion.sentence import Sentence
+from trilevel.conversion.source import Source
+from trilevel.errors import InputError
+from trilevel.model.encoder import Encoder
+
+BATCH_TOKENS = 16_384
+"""Padded tokens of one forward pass; a longer text has one of its own."""
+
+_TOKENIZED_AT_ONCE = 64
+Progress = Callable[[str, float], None]
+
+
+class Embedder:
+    """One vector for each text, made as the model's own settings say (mean or first token, normalised or not).
+
+    Nothing is cut by default: a text may have as many tokens as the encoder reads (65,536). A dense encoder takes time
+    that grows with the square of the tokens, a converted one does not. Texts of similar length run together; the
+    vectors are those that each text gives alone, to rounding.
+
+    Args:
+        source: from `load_encoder`, `load_source` or `read_converted`.
+
+    Raises:
+        InputError: the encoder reads images.
+    """
+
+    def __init__(self, source: Source) -> None:
+        if source.tokenizer is None:
+            raise InputError(f"{source.name} ({source.family}) reads images, not text. Choose an encoder of text.")
+        self.source = source
+        self._encoders: dict[torch.dtype, Encoder] = {}
+
+    @classmethod
+    def load(cls, name_or_path: str | Path) -> Embedder:
+        """Of a folder that `trilevel convert` wrote, or of whatever `load_source` takes.
+
+        Raises:
+            CheckpointError, ConfigError, MissingExtraError: as `load_encoder` does.
+        """
+        return cls(load_encoder(name_or_path))
+
+    @property
+    def dim(self) -> int:
+        """Numbers in a vector."""
+        return self.source.encoder.config.dim
+
+    def tokens(self, texts: Sequence[str], *, max_tokens: int | None = None) -> list[Tensor]:
+        """Ids of each text with the model's special tokens around it, (tokens,); cut at `max_tokens`, these included.
+
+        Raises:
+            InputError: `texts` is no sequence of texts, or `max_tokens` leaves no room for text.
+        """
+        _check_texts(texts)
+        tokenizer = self.source.tokenizer
+        around = tokenizer.num_special_tokens_to_add(False)
+        if max_tokens is not None and max_tokens <= around:
+            raise InputError(
+                f"max_tokens={max_tokens} leaves no room for text beside {around} special tokens; give {around + 1} or "
+                "more."
+            )
+        found: list[Tensor] = []
+        # an encoding holds far more than ids, so few exist at a time
+        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+            encodings = tokenizer.encode_batch(list(texts[start : start + _TOKENIZED_AT_ONCE]))
+            found += [
+                torch.tensor(cut(one.ids, max_tokens, behind=around // 2), dtype=torch.int64) for one in encodings
+            ]
+        return found
+
+    def embed(
+        self,
+        texts: Sequence[str],
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        max_tokens: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        progress: Progress = lambda _what, _done: None,
+    ) -> Tensor:
+        """Vectors of texts, float32 (texts, dim), in the order of the texts.
+
+        An empty text is its special tokens; without any it is zeros.
+
+        Args:
+            texts: a list of them; one text alone is refused.
+            batch_tokens: padded tokens of one forward pass; less takes less memory. A longer text runs alone.
+            max_tokens: cut longer texts, special tokens counted; None cuts nothing.
+            dtype: of weights and states; bfloat16 is about twice as fast where the processor has it.
+            progress: told what is done, and which part of the tokens.
+
+        Raises:
+            InputError: as `tokens` does, or a text is longer than the encoder reads.
+        """
+        progress(f"tokenising {len(texts):,} texts", 0.0)
+        rows = self.tokens(texts, max_tokens=max_tokens)
+        return self.embed_tokens(rows, batch_tokens=batch_tokens, dtype=dtype, progress=progress)
+
+    def embed_tokens(
+        self,
+        rows: Sequence[Tensor],
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        dtype: torch.dtype = torch.float32,
+        progress: Progress = lambda _what, _done: None,
+    ) -> Tensor:
+        """As `embed`, from ids that have their special tokens, each (tokens,).
+
+        Raises:
+            InputError: `batch_tokens` is below 1, or a row is longer than the encoder reads.
+        """
+        if batch_tokens < 1:
+            raise InputError(f"batch_tokens={batch_tokens} must be >= 1.")
+        self.check_lengths(rows)
+        encoder = self._encoder(dtype)
+        out = torch.zeros(len(rows), self.dim)
+        done, total = 0, sum(len(row) for row in rows)
+        with torch.inference_mode():
+            for places in batches([len(row) for row in rows], batch_tokens):
+                ids, padding = pad([rows[place] for place in places], self.padding_id)
+                _, vectors = embed_padded(encoder, self.source.sentence, ids, padding)
+                out[places] = vectors.to(device=out.device)
+                done += sum(len(rows[place]) for place in places)
+                progress(f"embedding {len(rows):,} texts", done / total)
+        return out
+
+    @property
+    def padding_id(self) -> int:
+        """What rows are filled with."""
+        return 0 if self.source.padding_id is None else self.source.padding_id
+
+    def check_lengths(self, rows: Sequence[Tensor]) -> None:
+        """Raise `InputError` if a row of ids is longer than the encoder reads."""
+        most = self.source.encoder.config.max_tokens
+        for place, row in enumerate(rows):
+            if len(row) > most:
+                raise InputError(
+                    f"text {place} has {len(row):,} tokens and {self.source.name} reads {most:,} at most. Cut longer "
+                    f"texts with max_tokens={most}, or split them."
+                )
+
+    def _encoder(self, dtype: torch.dtype) -> Encoder:
+        """The encoder in some precision, kept for the next call."""
+        encoder = self.source.encoder
+        if next(encoder.parameters()).dtype == dtype:
+            return encoder
+        if dtype not in self._encoders:
+            self._encoders[dtype] = copy.deepcopy(encoder).to(dtype)
+        return self._encoders[dtype]
+
+
+def cut(ids: Sequence[int], max_tokens: int | None, *, behind: int) -> Sequence[int]:
+    """At most `max_tokens` ids, the last `behind` of them kept.
+
+    >>> cut([101, 7, 8, 9, 102], 4, behind=1)
+    [101, 7, 8, 102]
+    """
+    if max_tokens is None or len(ids) <= max_tokens:
+        return ids
+    return [*ids[: max_tokens - behind], *ids[len(ids) - behind :]]
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Places of rows that run together, the longest first, each batch of at most `batch_tokens` padded tokens.
+
+    A row that is longer has a batch of its own, and rows without tokens have none.
+
+    >>> list(batches([2, 9, 0, 3, 4], 8))
+    [[1], [4, 3], [0]]
+    """
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if not lengths[place]:
+            break
+        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
+def pad(rows: Sequence[Tensor], padding_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids as (rows, tokens), and where padding is.
+
+    >>> pad([torch.tensor([5, 6]), torch.tensor([7])], 0)[0]
+    tensor([[5, 6],
+            [7, 0]])
+    """
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=padding_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(ids.shape[1]) >= lengths[:, None]
+
+
+def embed_padded(encoder: Encoder, sentence: Sentence, ids: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors of tokens (rows, tokens, dim) and of rows, float32 (rows, dim), from ids and padding (rows, tokens)."""
+    device = next(encoder.parameters()).device
+    # no mask at all where nothing is padded: dense attention is then free to take its fastest kernel
+    mask = padding_mask.to(device) if bool(padding_mask.any()) else None
+    hidden = encoder(ids.to(device), padding_mask=mask)
+    return hidden, pooled(hidden.float(), mask, sentence)
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    if isinstance(texts, str):
+        raise InputError("texts is one text; give a list of them, [text].")
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"texts[{place}] is a {type(text).__name__}; a text (str) is needed.")
