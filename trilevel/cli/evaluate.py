@@ -10,9 +10,12 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from trilevel.applications.classification.checkpoint import Run
+    from trilevel.applications.classification.evaluate import HeldOut
+    from trilevel.applications.classification.evaluate import Outcome as Classified
     from trilevel.applications.documents.evaluate import Case, Chooser, Outcome
 
-app = typer.Typer(help="Evaluate a model: `documents`.", no_args_is_help=True)
+app = typer.Typer(help="Evaluate a model: `documents`, `classification`.", no_args_is_help=True)
 
 SMOKE_DOCUMENTS = 4
 
@@ -85,3 +88,103 @@ def _print_table(result: dict[str, Any]) -> None:
     console.print(table)
     for bar in result["bars"]:
         console.print(f"{bar['name']}: {bar['value']} {bar['op']} {bar['bar']} {'holds' if bar['holds'] else 'FAILS'}")
+
+
+@app.command()
+def classification(
+    run: Annotated[Path, typer.Argument(help="Folder that `trilevel train classification` wrote.")],
+    data: Annotated[
+        Path | None, typer.Argument(help="Table with the same columns; default: what training held out.")
+    ] = None,
+    compare: Annotated[Path | None, typer.Option(help="Another run, measured on the same rows.")] = None,
+    split: Annotated[str | None, typer.Option(help="test, valid or train, found as in training.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take that many rows only.")] = None,
+    json_only: Annotated[bool, typer.Option("--json", help="Print the JSON document alone.")] = False,
+) -> None:
+    """Accuracy with its 95% interval, F1, each class, confusions; with --compare the difference to another run.
+
+    The last line of standard output is one JSON document.
+    """
+    import json
+
+    from trilevel.applications.classification import evaluate as evaluation
+    from trilevel.applications.classification.checkpoint import load_run
+    from trilevel.report.machine import machine_block
+
+    ours = load_run(run)
+    theirs = None if compare is None else load_run(compare)
+    rows = evaluation.held_out(ours, data, split=split, limit=limit)
+    if theirs is not None:
+        evaluation.check_comparable(ours, theirs, rows)
+    outcome = _classified(ours, rows)
+    result: dict[str, Any] = {"case": "classification", "machine": machine_block()}
+    result |= {"run": str(run), "step": ours.step, "steps": ours.steps, "encoder": ours.origin.encoder}
+    result |= {"data": str(rows.path), "split": rows.split, "empty_rows": rows.num_empty}
+    result |= {"max_tokens": ours.max_tokens} | evaluation.report(outcome)
+    if theirs is not None:
+        other = _classified(theirs, rows)
+        result["compare"] = {"run": str(compare), "encoder": theirs.origin.encoder, "max_tokens": theirs.max_tokens}
+        result["compare"] |= evaluation.report(other) | {"difference": evaluation.compare(outcome, other)}
+    if not json_only:
+        _print_classified(result, rows)
+    typer.echo(json.dumps(result))
+
+
+def _classified(run: Run, rows: HeldOut) -> Classified:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from trilevel.applications.classification.evaluate import evaluate
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("classifying", total=len(rows.examples))
+        return evaluate(run, rows.examples, on_progress=lambda done: progress.update(task, completed=done))
+
+
+def _print_classified(result: dict[str, Any], rows: HeldOut) -> None:
+    from rich.console import Console
+
+    console = Console(width=120)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    say(f"{result['rows']:,} rows of {result['data']} ({result['split']})")
+    if rows.num_empty:
+        say(f"{rows.num_empty:,} rows of the file have no text and are left out.")
+    if rows.num_shared:
+        say(f"{rows.num_shared:,} rows held out in the file have a text that was trained on as well.")
+    if result["step"] < result["steps"]:
+        say(f"Training was stopped after step {result['step']} of {result['steps']}.")
+    low, high = result["accuracy_interval"]
+    say(
+        f"accuracy {result['accuracy']:.4f} [{low:.4f}, {high:.4f}], the most frequent class {result['majority']:.4f}; "
+        f"macro F1 {result['macro_f1']:.4f}"
+    )
+    _print_classes(console, result)
+    if "compare" in result:
+        other, found = result["compare"], result["compare"]["difference"]
+        low, high = found["points_interval"]
+        say(
+            f"{other['run']}: accuracy {other['accuracy']:.4f}, macro F1 {other['macro_f1']:.4f}. Difference "
+            f"{found['points']:+.2f} points [{low:+.2f}, {high:+.2f}]; only the first is right on "
+            f"{found['only_ours_right']} rows, only the second on {found['only_theirs_right']}."
+        )
+
+
+def _print_classes(console: Any, result: dict[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="classes")
+    names = [entry["label"] for entry in result["classes"]]
+    # a confusion column for each class, while they fit
+    taken = names if len(names) <= 8 else []
+    for heading in ("class", "rows", "precision", "recall", "F1"):
+        table.add_column(heading, justify="left" if heading == "class" else "right")
+    for name in taken:
+        table.add_column(Text(f"said {name}"), justify="right")
+    for entry, row in zip(result["classes"], result["confusion"], strict=True):
+        cells = [f"{entry[key]:.3f}" for key in ("precision", "recall", "f1")]
+        table.add_row(Text(entry["label"]), f"{entry['rows']:,}", *cells, *(f"{n:,}" for n in row[: len(taken)]))
+    console.print(table)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-app = typer.Typer(help="Train a model: `documents`.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from trilevel.applications.classification.data import Data
+
+app = typer.Typer(help="Train a model: `documents`, `classification`.", no_args_is_help=True)
 
 
 @app.callback()
@@ -42,3 +45,73 @@ def documents(
         f"{result.step} steps, loss {result.loss:.4f}, {result.seconds:.0f} s; checkpoint {result.checkpoint}, "
         f"log {result.log}"
     )
+
+
+@app.command()
+def classification(
+    data: Annotated[Path, typer.Argument(help="CSV, TSV or JSONL, also .gz or .xz.")],
+    text_column: Annotated[str, typer.Option(help="Column with the text.")],
+    label_column: Annotated[str, typer.Option(help="Column with the class.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoint, tokenizer, log.")],
+    encoder: Annotated[
+        str | None, typer.Option(help="Folder of `trilevel convert`, or a pretrained encoder; default MiniLM.")
+    ] = None,
+    split_column: Annotated[str | None, typer.Option(help="Column that says train, valid or test.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file such as recipes/classification.toml.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the rows, instead of the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps, instead of passes.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a text that are read; default: what the encoder was trained for.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows of each split, for a try.")] = None,
+) -> None:
+    """Fine-tune a pretrained encoder, dense or converted, to classify your texts.
+
+    Rows are split by their text, a tenth for validation, unless a column says how. Stopped, the same command goes on.
+    """
+    import dataclasses
+
+    from trilevel.applications.classification import recipe as recipes
+    from trilevel.applications.classification.data import Columns
+
+    chosen = recipes.load_recipe(recipe)
+    given = {"epochs": epochs, "steps": steps}
+    schedule = dataclasses.replace(chosen.schedule, **{k: v for k, v in given.items() if v is not None})
+    result = recipes.train(
+        data,
+        Columns(text=text_column, label=label_column, split=split_column),
+        out_dir=out,
+        encoder=encoder or recipes.DEFAULT_ENCODER,
+        recipe=dataclasses.replace(chosen, schedule=schedule),
+        max_tokens=max_tokens,
+        limit=limit,
+        on_start=_print_rows,
+    )
+    fit = result.fit
+    typer.echo(
+        f"{fit.step} steps, loss {fit.loss:.4f}, {fit.seconds:.0f} s; checkpoint {fit.checkpoint}, log {fit.log}\n"
+        f"Next: trilevel evaluate classification {out}"
+    )
+
+
+def _print_rows(data: Data, num_cut: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="rows")
+    table.add_column("class")
+    splits = [split for split, examples in data.examples.items() if examples]
+    for split in splits:
+        table.add_column(split, justify="right")
+    counts = [data.counts(split) for split in splits]
+    for label in data.labels:
+        table.add_row(Text(label), *(f"{count[label]:,}" for count in counts))
+    console = Console(stderr=True)
+    console.print(table)
+    if data.num_empty:
+        console.print(f"{data.num_empty:,} rows have no text and are left out.")
+    if data.num_shared:
+        console.print(f"{data.num_shared:,} rows held out have a text that is trained on as well, as the file has it.")
+    if num_cut:
+        console.print(f"{num_cut:,} training texts are longer than the model reads and are cut (--max-tokens).")
