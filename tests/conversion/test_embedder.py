@@ -23,6 +23,7 @@ from trilevel.conversion.sentence import Sentence
 from trilevel.conversion.source import Source, load_source
 from trilevel.errors import CheckpointError, InputError
 
+MEAN = Sentence()
 LEVELS = Levels(window=7, region_size=5, num_global_tokens=3)
 LENGTHS = (31, 3, 97, 0, 11, 53, 97, 1)
 
@@ -43,7 +44,7 @@ def with_special_tokens(source: Source) -> Source:
     return source
 
 
-def converted_source(folder: Path, sentence: Sentence = Sentence()) -> Source:
+def converted_source(folder: Path, sentence: Sentence = MEAN) -> Source:
     """A small random BERT with local, regional and global heads, its tokenizer with special tokens."""
     source = with_special_tokens(load_source(save(make("bert"), folder)))
     encoder = with_classes(source.encoder, np.array([[0, 1, 2]] * 3), LEVELS, [torch.randn(42) for _ in range(3)])
