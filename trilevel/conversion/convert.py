@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.conversion.assign import Classes, HeadClass, assign, assign_within
 from trilevel.conversion.converted import save_converted
-from trilevel.conversion.fit import DistillBatches, Trained, distillation, train_only
+from trilevel.conversion.fit import DistillBatches, Trained, distillation, train_only, without_dropout
 from trilevel.conversion.judge import Costs, Quality, compare, costs_at, head_costs
 from trilevel.conversion.multilevel import convertible, with_classes
 from trilevel.conversion.profile import Forward, HeadProfile, Progress, fit_scorers, profile_heads
@@ -61,7 +61,7 @@ class ConvertConfig:
     steps: int = 300
     batch_size: int = 8
     trained: Trained = "all"
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     max_loss: float | None = None
     lengths: tuple[int, ...] = (512, 2_048)
     seed: int = 0
@@ -227,7 +227,7 @@ def _distil(
         seed=config.seed,
     )
     objective = distillation(source.encoder, encoder, source.sentence)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, without_dropout(encoder):
         folder = Path(temporary) if work is None else _same_work(work, source, sequences, config)
         fit(encoder, batches, objective, config=train, out_dir=folder, show_progress=show_progress)
     encoder.requires_grad_(True)

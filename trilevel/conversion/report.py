@@ -70,7 +70,8 @@ def head_map(classes: Classes, profile: HeadProfile) -> bytes:
     figure_of = require("matplotlib.figure", extra="convert")
     patches = require("matplotlib.patches", extra="convert")
     layers, heads = classes.shape
-    figure = figure_of.Figure(figsize=(1.6 + 0.42 * heads, 1.5 + 0.42 * layers), layout="constrained")
+    # room for the legend however few heads there are
+    figure = figure_of.Figure(figsize=(max(4.5, 1.6 + 0.42 * heads), 2.0 + 0.42 * layers), layout="constrained")
     axes = figure.add_subplot()
     lost = profile.error[..., HeadClass.LOCAL]
     strength = 0.35 + 0.65 * lost / max(float(lost.max()), np.finfo(float).tiny)
@@ -88,7 +89,7 @@ def head_map(classes: Classes, profile: HeadProfile) -> bytes:
     axes.set_ylabel("layer")
     axes.set_title("stronger: loses more as a local head", fontsize="small")
     shown = [patches.Patch(color=COLOURS[c], label=c.name.lower()) for c in HeadClass if (classes == c).any()]
-    axes.legend(handles=shown, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4, frameon=False)
+    axes.legend(handles=shown, loc="upper center", bbox_to_anchor=(0.5, -0.7 / layers - 0.1), ncols=4, frameon=False)
     for side in axes.spines.values():
         side.set_visible(False)
     buffer = io.BytesIO()
