@@ -76,7 +76,9 @@ def test_the_built_in_text_is_the_default() -> None:
         (["--sha256", "00"], "is asked for"),
     ],
 )
-def test_wrong_arguments_leave_with_2(bert: Path, text: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_wrong_arguments_leave_with_2(
+    bert: Path, text: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     result = call(bert, tmp_path / "out", "--text", text, *arguments)
     assert result.exit_code == 2
     assert message in result.output

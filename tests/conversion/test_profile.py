@@ -22,7 +22,7 @@ SEQUENCES = ids((19, 23, 17, 13))
 
 def profiled(encoder: Encoder, scorers: list[Tensor], levels: Levels = LEVELS) -> HeadProfile:
     blocks = list(encoder.stack.blocks)
-    return profile_heads(blocks, lambda given: encoder(given), SEQUENCES, levels, scorers)
+    return profile_heads(blocks, encoder, SEQUENCES, levels, scorers)
 
 
 def some_scorers() -> list[Tensor]:
@@ -103,7 +103,7 @@ def test_the_scorer_is_the_ridge_regression_of_what_is_read_from_afar() -> None:
     encoder = dense_encoder()
     heads = [[0, 2], [], [4]]
     blocks = list(encoder.stack.blocks)
-    found = fit_scorers(blocks, lambda given: encoder(given), SEQUENCES, LEVELS, heads=heads)
+    found = fit_scorers(blocks, encoder, SEQUENCES, LEVELS, heads=heads)
     rows, targets = [], []
     for sequence in SEQUENCES:
         x, _ = read_by(encoder, 0, sequence)
@@ -162,6 +162,6 @@ def test_hooks_are_gone_afterwards() -> None:
 def test_too_few_sequences_are_refused() -> None:
     encoder = dense_encoder()
     with pytest.raises(InputError, match="gives 3 sequences; at least 4"):
-        fit_scorers(list(encoder.stack.blocks), lambda given: encoder(given), SEQUENCES[:3], LEVELS)
+        fit_scorers(list(encoder.stack.blocks), encoder, SEQUENCES[:3], LEVELS)
     with pytest.raises(InputError, match="gives 3 sequences; at least 4"):
-        profile_heads(list(encoder.stack.blocks), lambda given: encoder(given), SEQUENCES[:3], LEVELS, some_scorers())
+        profile_heads(list(encoder.stack.blocks), encoder, SEQUENCES[:3], LEVELS, some_scorers())

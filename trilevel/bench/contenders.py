@@ -121,7 +121,7 @@ def _variants(levels: Levels) -> dict[str, tuple[str, Levels]]:
 
 
 def fusion(levels: Levels) -> list[Contender]:
-    """From the fused projection's output to the output projection's input: rotated inside the kernels, or beforehand."""
+    """From the fused projection's output to the output projection's input, rotated in the kernels or beforehand."""
 
     def build(problem: Problem, *, is_inside: bool) -> Callable[[], Tensor]:
         from trilevel.attention.api import multi_level_attention

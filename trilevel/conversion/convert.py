@@ -146,13 +146,10 @@ def convert(
         raise InputError(f"{len(rest)} sequences remain to learn from; {config.batch_size} or more are needed.")
     profiled = rest[:: max(1, len(rest) // config.num_profiled)][: config.num_profiled]
 
-    def forward(inputs: Tensor) -> object:
-        return dense(inputs)
-
-    scorers = fit_scorers(blocks, forward, profiled, config.levels, progress=progress)
-    profile = profile_heads(blocks, forward, profiled, config.levels, scorers, progress=progress)
+    scorers = fit_scorers(blocks, dense, profiled, config.levels, progress=progress)
+    profile = profile_heads(blocks, dense, profiled, config.levels, scorers, progress=progress)
     classes = _assigned(profile, config, len(blocks))
-    scorers = _own_scorers(scorers, blocks, forward, profiled, config.levels, classes, progress)
+    scorers = _own_scorers(scorers, blocks, dense, profiled, config.levels, classes, progress)
     encoder = with_classes(dense, classes, config.levels, scorers)
     before = compare(dense, encoder.eval(), held_out, source.sentence)
     work = None if out is None else out.resolve().with_name(f".{out.resolve().name}.work")
