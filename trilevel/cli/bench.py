@@ -68,6 +68,51 @@ def calibrate(as_json: Json = False, smoke: Smoke = False, out: Out = None, thre
 
 
 @app.command()
+def encoders(
+    as_json: Json = False,
+    smoke: Smoke = False,
+    out: Out = None,
+    threads: Threads = None,
+    encoder: Annotated[
+        Path | None, typer.Option(help="A converted MiniLM; default: one whose heads are not profiled, as fast.")
+    ] = None,
+) -> None:
+    """A document of 8,192 tokens to its vector: dense, converted, other sparse encoders; memory too (about 6 min)."""
+    import torch
+
+    from trilevel.bench.encoders import EncodersCase, encoders_table, run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder = None if encoder is None else str(encoder)
+    with progress_bar() as progress:
+        report = run(EncodersCase.smoke(folder) if smoke else EncodersCase(folder=folder), progress)
+    _finish(report, [encoders_table(report)], as_json=as_json, out=out)
+
+
+@app.command()
+def retrieval(
+    encoder: Annotated[Path, typer.Option(help="The converted MiniLM, a folder of `trilevel convert`.")],
+    as_json: Json = False,
+    smoke: Smoke = False,
+    out: Out = None,
+    threads: Threads = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data sets; default TRILEVEL_DATA.")] = None,
+) -> None:
+    """What a converted MiniLM finds beside the dense one, in long and short texts (about 20 min, resumable)."""
+    import torch
+
+    from trilevel.bench.retrieval import RetrievalCase, retrieval_tables, run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    folder = str(encoder)
+    with progress_bar() as progress:
+        report = run(RetrievalCase.smoke(folder, data) if smoke else RetrievalCase(folder=folder, data=data), progress)
+    _finish(report, retrieval_tables(report), as_json=as_json, out=out)
+
+
+@app.command()
 def gpu(as_json: Json = False, smoke: Smoke = False, out: Out = None) -> None:
     """Our Triton kernels at 16,384 tokens beside FlexAttention and FlashAttention. Needs an NVIDIA GPU (a minute)."""
     import os
