@@ -277,12 +277,16 @@ struct Work {
   int64_t kv, item;
 };
 
+// all heads of some tokens before the next tokens: in a fused projection they share pages of memory
 template <class E>
 std::vector<Work> list_work(const Prepared<E>& made) {
+  int64_t most = 0;
+  for (const HeadClassData<E>& data : made.classes) most = std::max(most, int64_t(data.tiling->items.size()));
   std::vector<Work> work;
-  for (int i = 0; i < int(made.classes.size()); i++)
-    for (int64_t kv = 0; kv < made.classes[i].num_kv; kv++)
-      for (int64_t item = 0; item < int64_t(made.classes[i].tiling->items.size()); item++) work.push_back({i, kv, item});
+  for (int64_t item = 0; item < most; item++)
+    for (int i = 0; i < int(made.classes.size()); i++)
+      for (int64_t kv = 0; kv < made.classes[i].num_kv && item < int64_t(made.classes[i].tiling->items.size()); kv++)
+        work.push_back({i, kv, item});
   return work;
 }
 
