@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trilevel.attention.layer import MultiLevelAttention
     from trilevel.attention.levels import LevelRatio, Levels
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["LevelRatio", "Levels", "MultiLevelAttention", "__version__", "multi_level_attention"]
 
 _HOMES = {
