@@ -193,12 +193,11 @@ def one_pass(name: str, folder: str | None, tokens: int, threads: int) -> Callab
     at once (decision 0004).
     """
     torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
     return_freed(at_once=True)
     contender = next(contender for contender in contenders() if contender.name == name)
     models = Models(folder=folder, tokens=tokens)
     ids = document_ids(models, tokens)
-    with quiet():
+    with quiet(), torch.inference_mode():
         _embedding(contender.build(models, torch.float32), models, ids[:, :512])()
     forget()
     gc.collect()
@@ -209,7 +208,8 @@ def one_pass(name: str, folder: str | None, tokens: int, threads: int) -> Callab
         forget()
         gc.collect()
         reset_peak()
-        embedding()
+        with torch.inference_mode():
+            embedding()
 
     return measured
 
