@@ -22,6 +22,8 @@ TITLES = {
     "demo": "A whole document: dense against trilevel (`make demo`)",
     "documents": "Extractive summarisation (`trilevel evaluate documents`)",
     "attention": "One attention layer (`trilevel bench attention`)",
+    "encoders": "A converted MiniLM on 8,192 tokens (`trilevel bench encoders`)",
+    "retrieval": "Does a converted MiniLM find what it should? (`trilevel bench retrieval`)",
     "calibrate": "The cost model, fitted to this machine (`trilevel bench calibrate`)",
     "levels": "Do the levels earn their place? (`trilevel bench levels`)",
 }
