@@ -47,14 +47,14 @@ def items(inputs: Sequence[str], *, text_column: str) -> Iterator[Item]:
     """
     for given in inputs:
         path = Path(given)
+        if not clean(given):
+            raise InputError("an empty text; give one with at least one word, or a file.")
         if is_table(path) and (_is_there(path) or not _has_space(given)):
             yield from (Item(where=row[0], text=text_of(row, text_column)) for row in read_table(path))
         elif _is_there(path) or (path.suffix.lower() in _DOCUMENTS and not _has_space(given)):
             yield Item(where=given, text=clean(_document(path)))
-        elif clean(given):
-            yield Item(where="", text=clean(given))
         else:
-            raise InputError("an empty text; give one with at least one word, or a file.")
+            yield Item(where="", text=clean(given))
 
 
 def predict(run: Run, wanted: Iterator[Item]) -> Iterator[Prediction]:

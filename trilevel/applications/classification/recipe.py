@@ -127,9 +127,10 @@ def _train_config(table: Mapping[str, Any], path: Path) -> TrainConfig:
         raise ConfigError(f"{path}: train.{derived[0]} follows from the table schedule; write it there.")
     base = Recipe().train
     values = {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__} | dict(table)
-    if isinstance(values["betas"], list):
-        values["betas"] = tuple(values["betas"])
-    return from_mapping(TrainConfig, values)
+    betas = values["betas"]
+    if not isinstance(betas, (list, tuple)) or len(betas) != len(base.betas):
+        raise ConfigError(f"{path}: train.betas={betas!r} must be two numbers, such as {list(base.betas)}.")
+    return from_mapping(TrainConfig, values | {"betas": tuple(betas)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
