@@ -77,7 +77,7 @@ def encoders(
         Path | None, typer.Option(help="A converted MiniLM; default: one whose heads are not profiled, as fast.")
     ] = None,
 ) -> None:
-    """A document of 8,192 tokens to its vector: dense, converted, other sparse encoders; memory too (about 6 min)."""
+    """A document of 8,192 tokens to its vector: dense, converted, other sparse encoders; memory too (about 8 min)."""
     import torch
 
     from trilevel.bench.encoders import EncodersCase, encoders_table, run
