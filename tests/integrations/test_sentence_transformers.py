@@ -25,6 +25,7 @@ from trilevel.conversion.source import load_source
 from trilevel.errors import CheckpointError, ConfigError, InputError, MissingExtraError
 from trilevel.integrations import sentence_transformers as ours
 from trilevel.integrations.sentence_transformers import ConvertedEncoder, sentence_transformer
+from trilevel.model.folder import checked_file, read_manifest
 
 library = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed (its extra)")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -175,6 +176,11 @@ def test_saved_loaded_changed_and_saved_again(folder: Path, tmp_path: Path) -> N
     close(Embedder.load(tmp_path / "saved").embed(TEXTS, max_tokens=23).numpy(), changed)
     assert json.loads((tmp_path / "saved" / "report.json").read_text(encoding="utf-8")) == {"kept": True}
     assert (tmp_path / "saved" / "head_map.png").read_bytes() == b"picture"
+    # modules.json is the library's now, and no hash of it is left that it would break
+    manifest = read_manifest(tmp_path / "saved")
+    assert set(manifest["files"]) == {"model.safetensors", "tokenizer.json", "report.json", "head_map.png"}
+    for name in manifest["files"]:
+        checked_file(tmp_path / "saved", name, manifest)
     assert "SentenceTransformer" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
     again.max_seq_length = None
     again.save(str(tmp_path / "saved"))
