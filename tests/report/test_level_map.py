@@ -132,3 +132,14 @@ def test_spread_takes_first_and_last() -> None:
     assert spread(recorded, 3) == [0, 3, 6]
     assert spread(recorded, 9) == list(range(7))
     assert spread(recorded, 1) == [0]
+
+
+def test_dense_heads_have_no_map() -> None:
+    torch.manual_seed(0)
+    layer = MultiLevelAttention(DIM, HEADS, levels=levels(ratio=LevelRatio(2, 1, 0)), num_dense_heads=2)
+    with record_layers(layer) as recorded:
+        layer(torch.randn(1, TOKENS, DIM))
+    maps = level_maps(recorded[0], layer="mixed")
+    assert [(shown.head_class, shown.num_heads) for shown in maps] == [("local", 2), ("regional", 1)]
+    for shown in maps:
+        assert shown.mass.sum(-1) == pytest.approx(1, abs=1e-5)

@@ -192,7 +192,7 @@ class MultiLevelAttention(nn.Module):
             return self._merged(dense_attention(dense_call(q, k, v, **masks)))
         dense = None
         if self.num_dense_heads:
-            (q, dense_q), (k, dense_k), (v, dense_v) = (self._without_dense(part) for part in (q, k, v))
+            (q, dense_q), (k, dense_k), (v, dense_v) = (self.without_dense(part) for part in (q, k, v))
             dense = dense_attention(dense_call(dense_q, dense_k, dense_v, **masks))
         needs_score = hasattr(self, "scorer")
         score = self.scorer(x).squeeze(-1) if needs_score else None
@@ -338,7 +338,7 @@ class MultiLevelAttention(nn.Module):
         q, k, v = fused.split([heads, groups, groups], 1)
         return q, k, v
 
-    def _without_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def without_dense(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Heads with levels and dense heads of queries, or their groups of keys or values."""
         dense = self.num_dense_heads * x.shape[1] // self.num_heads
         return x[:, :-dense], x[:, -dense:]

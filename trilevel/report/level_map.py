@@ -73,7 +73,7 @@ def level_maps(
     num_queries: int = NUM_QUERIES,
     num_bins: int = NUM_BINS,
 ) -> list[LevelMap]:
-    """One map for each head class of a recorded call; sequence 0 of the batch, which must hold no padding.
+    """One map for each head class with levels of a recorded call; sequence 0 of the batch, which must hold no padding.
 
     Args:
         recorded: the call.
@@ -90,8 +90,7 @@ def level_maps(
     mass = torch.cat([part[0, :, rows] for part in _attended(recorded, levels, _indicators(tokens, bins))], -1)
     maps: list[LevelMap] = []
     start = 0
-    split = levels.ratio.split(recorded.layer.num_heads, recorded.layer.num_kv_heads)
-    for name, count in zip(CLASSES, split, strict=True):
+    for name, count in zip(CLASSES, recorded.layer.head_split, strict=True):
         if count:
             shown: np.ndarray = mass[start : start + count].mean(0)[:, :bins].double().numpy()
             sees = _sees(name, levels, tokens, f"{element}s")
@@ -111,6 +110,8 @@ def _attended(recorded: Recorded, levels: Levels, values: Tensor) -> Iterator[Te
     layer, known = recorded.layer, recorded.arguments
     x = recorded.x[:1]
     q, k, _ = layer.project(x, _first(known.get("positions")))
+    if layer.num_dense_heads:
+        q, k = (layer.without_dense(part)[0] for part in (q, k))
     has_global = levels.ratio.global_ > 0
     for part in values.to(x.dtype).split(layer.head_dim, 1):
         padded = nn.functional.pad(part, (0, layer.head_dim - part.shape[1]))
