@@ -67,7 +67,7 @@ class Ratio:
 def recall_ratio(this: Found, other: Found, *, most: int) -> Ratio:
     """Recall of `this` over that of `other` on the same queries; documents are drawn anew with everything of theirs.
 
-    Where `other` finds nothing the ratio is infinite, or 1 if neither does.
+    Where `other` finds nothing it counts as one hit, so that the ratio is a number; where neither does the ratio is 1.
     """
     assert np.array_equal(this.documents, other.documents)
     (mine, _), (theirs, _) = this.sums(most), other.sums(most)
@@ -87,6 +87,4 @@ def mean_interval(values: Array) -> tuple[float, float]:
 
 
 def _ratio(mine: float, theirs: float) -> float:
-    if theirs:
-        return float(mine / theirs)
-    return float("inf") if mine else 1.0
+    return float(mine / max(theirs, 1)) if mine or theirs else 1.0
