@@ -30,13 +30,14 @@ def documents(
     data: Annotated[Path | None, typer.Option(help="Folder of the data sets; default TRILEVEL_DATA.")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Run folder; default the one kept for the bars.")] = None,
     dense_checkpoint: Annotated[Path | None, typer.Option(help="Run folder of the dense twin.")] = None,
+    minilm_checkpoint: Annotated[Path | None, typer.Option(help="Run folder of the model on MiniLM.")] = None,
     split: Annotated[str, typer.Option(help="test, valid or train.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Take that many documents only.")] = None,
     budget_words: Annotated[int | None, typer.Option(help="Words of a summary; default 59.")] = None,
     json_only: Annotated[bool, typer.Option("--json", help="Print the JSON document alone.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few documents, no bars.")] = False,
 ) -> None:
-    """ROUGE on whole documents: our model, its dense twin, the shipped model, Lead, Random, LexRank, TextRank, oracle.
+    """ROUGE on whole documents: our models, a dense twin, Lead, Random, LexRank, TextRank, centroid MiniLM, oracle.
 
     The last line of standard output is one JSON document; exit code 1 when a bar does not hold.
     """
@@ -48,7 +49,8 @@ def documents(
 
     cases = evaluation.prepare(data_path(evaluation.TECH, data), split=split, limit=SMOKE_DOCUMENTS if smoke else limit)
     ways = evaluation.systems(
-        evaluation.runs(checkpoint, dense_checkpoint), budget_words=budget_words or DEFAULT_BUDGET_WORDS
+        evaluation.runs(checkpoint, dense_checkpoint, minilm_checkpoint),
+        budget_words=budget_words or DEFAULT_BUDGET_WORDS,
     )
     outcomes = _with_progress(cases, ways)
     result = evaluation.report(outcomes, with_bars=not smoke)

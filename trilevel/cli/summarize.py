@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from trilevel.data.documents import Document
 
 
+class Model(enum.StrEnum):
+    """Which shipped model reads the files."""
+
+    scratch = "scratch"
+    minilm = "minilm"
+
+
 class Format(enum.StrEnum):
     """How summaries are printed."""
 
@@ -26,23 +33,30 @@ def summarize(
     sentences: Annotated[int | None, typer.Option("--sentences", "-n", help="Sentences of the summary.")] = None,
     words: Annotated[int | None, typer.Option(help="Words of the summary; default 59.")] = None,
     output: Annotated[Format, typer.Option("--format", help="How to print.")] = Format.text,
-    checkpoint: Annotated[Path | None, typer.Option(help="Run folder; default the shipped model.")] = None,
+    model: Annotated[
+        Model | None, typer.Option(help="Shipped model: scratch (default), or minilm on pretrained MiniLM.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Run folder instead of a shipped model.")] = None,
     focus: Annotated[
         float | None, typer.Option(help="Share of the sentences that pass the deep layers, e.g. 0.2; default all.")
     ] = None,
 ) -> None:
     """Print the most important sentences of each file, in the order of the file."""
-    from trilevel.applications.documents.checkpoint import load_run
+    from trilevel.applications.documents.checkpoint import MINILM, load_run
     from trilevel.applications.documents.summarize import summarize as summarize_document
     from trilevel.data.documents import read_file
+    from trilevel.errors import ConfigError
 
+    if model is not None and checkpoint is not None:
+        raise ConfigError(f"--model {model} and --checkpoint {checkpoint} name two models; give one of them.")
     documents = [read_file(path) for path in files]
-    model, tokenizer = load_run(checkpoint)
+    folder = MINILM if model == Model.minilm else checkpoint
+    scorer, tokenizer = load_run(folder, tell=lambda message: typer.echo(message, err=True))
     results = [
         (
             document,
             summarize_document(
-                model, tokenizer, document, num_sentences=sentences, budget_words=words, focus_fraction=focus
+                scorer, tokenizer, document, num_sentences=sentences, budget_words=words, focus_fraction=focus
             ),
         )
         for document in documents

@@ -22,8 +22,11 @@ def _group() -> None:
 def documents(
     out: Annotated[Path, typer.Option(help="Folder of the run: checkpoint, log, tokenizer.")],
     data: Annotated[Path | None, typer.Option(help="Folder of the data sets; default TRILEVEL_DATA.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML file; default recipes/documents.toml.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file; default in recipes/.")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="The twin with dense attention, trained alike.")] = False,
+    encoder: Annotated[
+        str | None, typer.Option(help="Train on a pretrained encoder: folder of `trilevel convert`, or a name.")
+    ] = None,
     long: Annotated[bool, typer.Option("--long", help="The extra phase on whole documents; needs --start.")] = False,
     start: Annotated[Path | None, typer.Option(help="Run folder to go on from.")] = None,
     steps: Annotated[int | None, typer.Option(help="Steps, instead of the recipe's.")] = None,
@@ -37,10 +40,13 @@ def documents(
 
     if long and start is None:
         raise ConfigError("--long goes on from a trained model; name its run folder with --start.")
+    recipe = recipe or (None if encoder is None else recipes.MINILM_RECIPE)
     chosen = recipes.load_recipe(recipe, phase="long" if long else None)
     if steps is not None:
         chosen = dataclasses.replace(chosen, train=dataclasses.replace(chosen.train, steps=steps))
-    result = recipes.train(chosen, out_dir=out, data_root=data, is_dense=dense, start=start, limit=limit)
+    result = recipes.train(
+        chosen, out_dir=out, data_root=data, encoder=encoder, is_dense=dense, start=start, limit=limit
+    )
     typer.echo(
         f"{result.step} steps, loss {result.loss:.4f}, {result.seconds:.0f} s; checkpoint {result.checkpoint}, "
         f"log {result.log}"

@@ -1,4 +1,4 @@
-"""What a model has to beat: Lead, Random, LexRank and TextRank, as rankings of the same sentences."""
+"""What a model has to beat: Lead, Random, LexRank, TextRank, embeddings; all as rankings of the same sentences."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from trilevel.applications.documents.data import cache_dir
 from trilevel.applications.documents.units import words_of
+from trilevel.conversion.embedder import Embedder
 from trilevel.errors import require
 
 # a ranking stored by another version is made anew
@@ -44,6 +47,22 @@ def textrank(sentences: Sequence[str]) -> list[int]:
         MissingExtraError: `sumy` is not installed (extra `baselines`).
     """
     return _cached("textrank", sentences, lambda: _by_sumy("text_rank", "TextRankSummarizer", sentences))
+
+
+def centroid(embedder: Embedder) -> Callable[[Sequence[str]], list[int]]:
+    """By similarity of each sentence's embedding to the mean of all, rankings cached by encoder and sentences.
+
+    Each sentence is embedded alone and cut where the encoder was trained to cut; vectors have length one before the
+    mean is taken. Source: centroid-based summarisation, Rossiello et al. 2017, with sentence embeddings.
+    """
+    source = embedder.source
+
+    def rank(sentences: Sequence[str]) -> list[int]:
+        vectors = F.normalize(embedder.embed(sentences, max_tokens=source.sentence.max_tokens), dim=-1)
+        nearness = vectors @ F.normalize(vectors.mean(0), dim=0)
+        return [int(i) for i in torch.argsort(-nearness, stable=True)]
+
+    return lambda sentences: _cached(f"centroid-{source.sha256[:16]}", sentences, lambda: rank(sentences))
 
 
 RANKINGS: dict[str, Callable[[Sequence[str]], list[int]]] = {

@@ -1,29 +1,44 @@
-"""Where a document model and its tokenizer lie: a run folder with `checkpoint/` and `tokenizer.json`."""
+"""Where a document model and its tokenizer lie: a run folder with `checkpoint/` and `tokenizer.json`.
+
+A model on a pretrained encoder has `encoder/` in place of the tokenizer: which encoder, and what conversion changed.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from trilevel.applications.documents.backbone import Backbone
 from trilevel.applications.documents.model import DocumentConfig, DocumentModel
+from trilevel.applications.documents.pretrained_encoder import load_pretrained
 from trilevel.applications.documents.tokenizer import DocumentTokenizer, load_tokenizer
 from trilevel.errors import CheckpointError, ConfigError
 from trilevel.model.checkpoint import load_checkpoint, read_config, save_checkpoint
 
 PRETRAINED = Path(__file__).parent / "pretrained"
+MINILM = Path(__file__).parent / "pretrained-minilm"
 CHECKPOINT_FOLDER = "checkpoint"
+ENCODER_FOLDER = "encoder"
 TOKENIZER_FILE = "tokenizer.json"
 
 
-def load_run(path: str | Path | None = None) -> tuple[DocumentModel, DocumentTokenizer]:
+def load_run(
+    path: str | Path | None = None, *, tell: Callable[[str], None] = lambda _message: None
+) -> tuple[DocumentModel, DocumentTokenizer]:
     """The model, in evaluation mode, and its tokenizer; None is the shipped model.
 
-    `path` is a folder that `trilevel train documents` wrote.
+    `path` is a folder that `trilevel train documents` wrote, or `MINILM`, the shipped model on a converted MiniLM. The
+    encoder of such a model is made on first use and kept in the cache; `tell` is told so.
 
     Raises:
-        CheckpointError: a file is missing, has a wrong hash or shape, or an unknown configuration.
+        CheckpointError: a file is missing, has a wrong hash or shape, or an unknown configuration; or the pretrained
+            encoder cannot be had.
     """
     folder = PRETRAINED if path is None else Path(path)
     model = load_model(folder)
+    if isinstance(model.config.tokens, Backbone):
+        source = load_pretrained(folder / ENCODER_FOLDER, tell)
+        return model.attach(source.encoder), DocumentTokenizer(source.tokenizer)
     tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
     if tokenizer.vocab_size != model.config.tokens.vocab_size:
         raise CheckpointError(
@@ -34,7 +49,7 @@ def load_run(path: str | Path | None = None) -> tuple[DocumentModel, DocumentTok
 
 
 def load_model(path: str | Path | None = None) -> DocumentModel:
-    """The model of a run folder, in evaluation mode; None is the shipped model."""
+    """The model of a run folder, in evaluation mode, without the pretrained encoder; None is the shipped model."""
     folder = (PRETRAINED if path is None else Path(path)) / CHECKPOINT_FOLDER
     try:
         model = DocumentModel(DocumentConfig.from_dict(read_config(folder)))

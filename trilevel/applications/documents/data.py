@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ class DocumentBatch(TypedDict):
     """Padded documents; `unit_ids` is -1 on padding; what stands on padded units is zero or False.
 
     Shapes: input_ids, padding_mask (True = padding), unit_ids, global_prior (batch, tokens); unit_features
-    (batch, units, 11); unit_prior, unit_padding, unit_selectable (both bool), oracle, gains (batch, units).
+    (batch, units, 11); unit_prior, unit_padding, unit_selectable (both bool), oracle, gains (batch, units); where the
+    documents have them, unit_vectors (batch, units, dim).
     """
 
     input_ids: Tensor
@@ -48,11 +49,15 @@ class DocumentBatch(TypedDict):
     unit_selectable: Tensor
     oracle: Tensor
     gains: Tensor
+    unit_vectors: NotRequired[Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """One document as arrays: `input_ids` and `unit_ids` (tokens,), the others (units, ...)."""
+    """One document as arrays: `input_ids` and `unit_ids` (tokens,), the others (units, ...).
+
+    `unit_vectors` (units, dim) are those of a frozen encoder, where they were computed before.
+    """
 
     input_ids: np.ndarray
     unit_ids: np.ndarray
@@ -62,11 +67,17 @@ class Encoded:
     oracle: np.ndarray
     gains: np.ndarray
     units_left_out: int = 0
+    unit_vectors: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
         """Number of tokens."""
         return len(self.input_ids)
+
+    @property
+    def num_units(self) -> int:
+        """Number of units."""
+        return len(self.unit_prior)
 
     def cut(self, max_tokens: int) -> Encoded:
         """The same document with whole units up to `max_tokens` tokens (at least one unit)."""
@@ -83,6 +94,7 @@ class Encoded:
             oracle=self.oracle[:kept],
             gains=self.gains[:kept],
             units_left_out=self.units_left_out + len(self.unit_prior) - kept,
+            unit_vectors=None if self.unit_vectors is None else self.unit_vectors[:kept],
         )
 
 
@@ -157,7 +169,7 @@ def collate(documents: Sequence[Encoded]) -> DocumentBatch:
         unit_padding[row, :m] = False
         chosen[row, :m] = document.unit_selectable
         oracle[row, :m], gains[row, :m] = document.oracle, document.gains
-    return DocumentBatch(
+    made = DocumentBatch(
         input_ids=torch.from_numpy(input_ids),
         padding_mask=torch.from_numpy(unit_ids < 0),
         unit_ids=torch.from_numpy(unit_ids),
@@ -169,6 +181,18 @@ def collate(documents: Sequence[Encoded]) -> DocumentBatch:
         oracle=torch.from_numpy(oracle),
         gains=torch.from_numpy(gains),
     )
+    vectors = [document.unit_vectors for document in documents]
+    if all(own is not None for own in vectors):
+        made["unit_vectors"] = _padded([own for own in vectors if own is not None], units)
+    return made
+
+
+def _padded(vectors: Sequence[np.ndarray], units: int) -> Tensor:
+    """Vectors (units, dim) of each document as (batch, units, dim) float32, zero on padding."""
+    padded = np.zeros((len(vectors), units, vectors[0].shape[1]), np.float32)
+    for row, own in enumerate(vectors):
+        padded[row, : len(own)] = own
+    return torch.from_numpy(padded)
 
 
 def cache_dir() -> Path:

@@ -20,6 +20,8 @@ from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.applications.documents.units import Unit, split_units
 from trilevel.data.documents import Document
 from trilevel.data.sentences import count_words
+from trilevel.errors import ConfigError
+from trilevel.model.config import EncoderConfig
 from trilevel.report.content import Contender, ReportContent
 from trilevel.report.html import write_report
 from trilevel.report.machine import machine_block
@@ -80,6 +82,10 @@ def run_demo(
     """
     tell("reading the document", 0.0)
     trained, tokenizer = load_run(model)
+    if not isinstance(trained.config.tokens, EncoderConfig):
+        raise ConfigError(
+            "the demo shows models with an encoder of their own; this one stands on a pretrained encoder."
+        )
     selection = Selection(sentences=num_sentences)
     units = split_units(document)
     encoded = encode(units, tokenizer).cut(MAX_TOKENS)
@@ -88,7 +94,7 @@ def run_demo(
     comparison = compare(
         encoded,
         num_heads=trained.config.tokens.num_heads,
-        has_focus=trained.config.tokens.focus is not None,
+        has_focus=trained.config.focus is not None,
         model=model,
         threads=torch.get_num_threads(),
         memory_bytes=memory_bytes,

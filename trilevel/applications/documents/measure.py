@@ -161,7 +161,8 @@ def _failed(job: Job, code: int, errors: str) -> Measured:
 
 def save_encoded(path: Path, encoded: Any) -> None:
     """Write an `Encoded` document as `.npz` of plain arrays."""
-    np.savez(path, **{field.name: getattr(encoded, field.name) for field in dataclasses.fields(encoded)})
+    arrays = {field.name: getattr(encoded, field.name) for field in dataclasses.fields(encoded)}
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 
 
 def _load_encoded(path: str) -> Any:

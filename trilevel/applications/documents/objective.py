@@ -28,14 +28,21 @@ def oracle_loss(scores: Tensor, batch: DocumentBatch) -> Tensor:
     return losses.sum() / (total > 0).sum().clamp(min=1)
 
 
+def _oracle_alone(model: nn.Module, batch: DocumentBatch) -> dict[str, Tensor]:
+    loss = oracle_loss(model(batch), batch)
+    return {"loss": loss, "oracle": loss}
+
+
 def objective(
     *, focus_weight: float, focus_share: float = 0.0, focus_fraction: float = 0.2
 ) -> Callable[[nn.Module, Any], dict[str, Tensor]]:
     """What `fit` minimises: the oracle loss of the scores plus `focus_weight` times that of the focus scorer.
 
     `focus_share` of the steps, drawn from torch's generator, send `focus_fraction` of the units through the deep
-    blocks; the others send all.
+    blocks; the others send all. Without both the model needs no focus.
     """
+    if not (focus_weight or focus_share):
+        return _oracle_alone
 
     def losses(model: nn.Module, batch: DocumentBatch) -> dict[str, Tensor]:
         is_focused = focus_share > 0 and float(torch.rand(())) < focus_share

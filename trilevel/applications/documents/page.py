@@ -13,6 +13,7 @@ from trilevel.applications.documents.model import DocumentModel
 from trilevel.applications.documents.passes import prepare
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.applications.documents.units import Kind, Unit
+from trilevel.errors import ConfigError
 from trilevel.report.content import GlobalToken, LevelMap, Piece, UnitKind, UnitView
 from trilevel.report.level_map import Recorded, explain, level_maps, record_layers, spread
 
@@ -43,6 +44,8 @@ def look(
     is_drawn: bool = True,
 ) -> Look:
     """Run the model once on a document and say what its levels looked at; `is_drawn` makes the level maps."""
+    if model.encoder is None:
+        raise ConfigError("the model's pretrained encoder is not attached; attach it first.")
     with record_layers(model.encoder) as tokens, record_layers(model.units) as sentences:
         scores = prepare(model, encoded, "trilevel")()
     maps: list[LevelMap] = []

@@ -32,7 +32,7 @@ def prepare(model: DocumentModel, encoded: Encoded, attention: Attention) -> Cal
 
     With `focus`, the configured share of the units passes the deep blocks, else all do.
     """
-    focus = model.config.tokens.focus
+    focus = model.config.focus
     fraction = focus.fraction if attention == "focus" and focus is not None else None
     batch = without_padding(collate([encoded]))
 

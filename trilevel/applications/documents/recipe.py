@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from trilevel.applications.documents.checkpoint import TOKENIZER_FILE, load_run, shipped_tokenizer
+from trilevel.applications.documents.backbone import Backbone, StoredVectors, backbone_of
+from trilevel.applications.documents.checkpoint import (
+    ENCODER_FOLDER,
+    TOKENIZER_FILE,
+    load_model,
+    load_run,
+    shipped_tokenizer,
+)
 from trilevel.applications.documents.data import DocumentBatches, Encoded, collate, encode_corpus
-from trilevel.applications.documents.model import DocumentModel, default_config
+from trilevel.applications.documents.model import DocumentConfig, DocumentModel, default_config
 from trilevel.applications.documents.objective import objective, oracle_loss
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
-from trilevel.data.documents import load_jsonl
-from trilevel.errors import ConfigError, InputError
+from trilevel.conversion.delta import save_delta_of
+from trilevel.conversion.load import load_encoder
+from trilevel.conversion.source import Source
+from trilevel.data.documents import Document, load_jsonl
+from trilevel.errors import ConfigError, InputError, require
 from trilevel.model.config import from_mapping
 from trilevel.training.config import TrainConfig
 from trilevel.training.loop import FitResult, fit
 
-DEFAULT_RECIPE = Path(__file__).parents[3] / "recipes" / "documents.toml"
+RECIPES = Path(__file__).parents[3] / "recipes"
+DEFAULT_RECIPE = RECIPES / "documents.toml"
+MINILM_RECIPE = RECIPES / "documents-minilm.toml"
 NUM_VALIDATION_DOCUMENTS = 24
 
 
@@ -47,6 +61,17 @@ class SizeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BackboneSize:
+    """The part over units on a pretrained encoder; `bfloat16`: the encoder reads the corpus in that precision."""
+
+    dim: int
+    num_heads: int
+    unit_layers: int
+    dropout: float
+    bfloat16: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LossConfig:
     """Weight of the focus scorer's loss; share of the steps that run focused."""
 
@@ -56,10 +81,10 @@ class LossConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One phase of training."""
+    """One phase of training; `model` is a `BackboneSize` where a pretrained encoder is used (table `backbone`)."""
 
     data: DataConfig
-    model: SizeConfig
+    model: SizeConfig | BackboneSize
     train: TrainConfig
     objective: LossConfig
 
@@ -80,11 +105,24 @@ def load_recipe(path: str | Path | None = None, *, phase: str | None = None) -> 
     phases = values.pop("long", {})
     if phase is not None:
         values = _merged(values, {"long": phases}.get(phase, {}))
-    parts = {"data": DataConfig, "model": SizeConfig, "train": TrainConfig, "objective": LossConfig}
+    parts = {
+        "data": DataConfig,
+        "model": SizeConfig,
+        "backbone": BackboneSize,
+        "train": TrainConfig,
+        "objective": LossConfig,
+    }
     unknown = sorted(set(values) - set(parts))
     if unknown:
         raise ConfigError(f"{path}: unknown table {', '.join(unknown)}; known are {', '.join(parts)} and long.")
-    return from_mapping(Recipe, {name: from_mapping(parts[name], table) for name, table in values.items()})
+    if "model" in values and "backbone" in values:
+        raise ConfigError(
+            f"{path} has both tables, model and backbone; a model has its own encoder or a pretrained one."
+        )
+    found: dict[str, Any] = {name: from_mapping(parts[name], table) for name, table in values.items()}
+    if "backbone" in found:
+        found["model"] = found.pop("backbone")
+    return from_mapping(Recipe, found)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,33 +151,50 @@ def train(
     *,
     out_dir: str | Path,
     data_root: str | Path | None = None,
+    encoder: str | Path | None = None,
     is_dense: bool = False,
     start: str | Path | None = None,
     limit: int | None = None,
     show_progress: bool = True,
 ) -> FitResult:
-    """Train one phase and write `out_dir/checkpoint`, `out_dir/tokenizer.json` and `out_dir/log.csv`; resumes.
+    """Train one phase and write `out_dir/checkpoint`, `out_dir/log.csv` and the tokenizer or the delta; resumes.
 
-    `is_dense` trains the twin with dense attention: same initialisation, data order, steps and dropout. `start` is the
-    run that this phase goes on from. `limit` takes that many documents of each split only.
+    Args:
+        recipe: of `load_recipe`.
+        out_dir: the run folder.
+        data_root: where the data sets lie.
+        encoder: what `load_encoder` takes, for a recipe with a backbone; its vectors of the corpus are kept in the
+            cache, and what conversion changed in it goes to `out_dir/encoder`.
+        is_dense: the twin with dense attention: same initialisation, data order, steps and dropout.
+        start: the run that this phase goes on from.
+        limit: take that many documents of each split only.
+        show_progress: print bars.
+
+    Raises:
+        ConfigError: the recipe needs an encoder and there is none, or the other way round.
     """
     out_dir = Path(out_dir)
-    tokenizer = shipped_tokenizer()
-    model = _first_model(recipe, tokenizer, is_dense=is_dense, start=start)
     path = data_path(recipe.data.set, data_root)
-    corpus = encode_corpus(load_jsonl(path, split="train", limit=limit), tokenizer)
-    held_out = encode_corpus(load_jsonl(path, split="valid", limit=limit), tokenizer)
-    batches = DocumentBatches(
-        corpus,
-        max_tokens=recipe.data.max_tokens,
-        max_batch_tokens=recipe.data.max_batch_tokens,
-        seed=recipe.data.seed,
-    )
-    out_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out_dir / TOKENIZER_FILE)
+    splits = [load_jsonl(path, split=split, limit=limit) for split in ("train", "valid")]
+    if (encoder is None) == isinstance(recipe.model, BackboneSize):
+        raise ConfigError(
+            f"encoder={encoder} and the recipe's table [{'model' if encoder else 'backbone'}] do not go together: a "
+            "pretrained encoder (--encoder) needs [backbone], a model with an encoder of its own [model]."
+        )
+    if encoder is None:
+        tokenizer = shipped_tokenizer()
+        model = _first_model(recipe, tokenizer, is_dense=is_dense, start=start)
+        corpus, held_out = (encode_corpus(documents, tokenizer) for documents in splits)
+        out_dir.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(out_dir / TOKENIZER_FILE)
+    else:
+        source = load_encoder(encoder)
+        model = _backbone_model(recipe, source, is_dense=is_dense, start=start)
+        save_delta_of(out_dir / ENCODER_FOLDER, source)
+        corpus, held_out = _with_vectors(splits, recipe, source, model, show_progress=show_progress)
     return fit(
         model,
-        batches,
+        _batches(recipe.data, corpus),
         objective(focus_weight=recipe.objective.focus_weight, focus_share=recipe.objective.focus_share),
         config=recipe.train,
         out_dir=out_dir,
@@ -148,21 +203,69 @@ def train(
     )
 
 
+def _batches(data: DataConfig, corpus: Sequence[Encoded]) -> DocumentBatches:
+    return DocumentBatches(corpus, max_tokens=data.max_tokens, max_batch_tokens=data.max_batch_tokens, seed=data.seed)
+
+
 def _first_model(
     recipe: Recipe, tokenizer: DocumentTokenizer, *, is_dense: bool, start: str | Path | None
 ) -> DocumentModel:
     if start is not None:
-        model = load_run(start)[0]
-        if is_dense and not model.config.is_dense:
-            raise ConfigError(f"{start} has levels; --dense with a start needs a dense run.")
-        return model
+        return _started(load_run(start)[0], start, is_dense=is_dense)
     torch.manual_seed(recipe.train.seed)
     size = recipe.model
+    assert isinstance(size, SizeConfig)
     config = default_config(
         tokenizer.vocab_size, num_layers=size.num_layers, dropout=size.dropout, word_dropout=size.word_dropout
     )
     model = DocumentModel(config)
     return model.dense() if is_dense else model
+
+
+def _backbone_model(recipe: Recipe, source: Source, *, is_dense: bool, start: str | Path | None) -> DocumentModel:
+    """The part over units alone: training needs the encoder's vectors, not the encoder."""
+    if start is not None:
+        return _started(load_model(start), start, is_dense=is_dense)
+    torch.manual_seed(recipe.train.seed)
+    size = recipe.model
+    assert isinstance(size, BackboneSize)
+    model = DocumentModel(
+        DocumentConfig(
+            tokens=backbone_of(source, dim=size.dim, num_heads=size.num_heads, dropout=size.dropout),
+            unit_layers=size.unit_layers,
+        )
+    )
+    return model.dense() if is_dense else model
+
+
+def _started(model: DocumentModel, start: str | Path, *, is_dense: bool) -> DocumentModel:
+    if is_dense and not model.config.is_dense:
+        raise ConfigError(f"{start} has levels; --dense with a start needs a dense run.")
+    return model
+
+
+def _with_vectors(
+    splits: Sequence[Sequence[Document]], recipe: Recipe, source: Source, model: DocumentModel, *, show_progress: bool
+) -> list[list[Encoded]]:
+    """Each split with the vectors of its units."""
+    assert isinstance(recipe.model, BackboneSize)
+    assert isinstance(model.config.tokens, Backbone)
+    tokenizer = DocumentTokenizer(source.tokenizer)
+    dtype = torch.bfloat16 if recipe.model.bfloat16 else torch.float32
+    stored = StoredVectors(copy.deepcopy(source.encoder).to(dtype), model.config.tokens)
+    most = min(recipe.data.max_tokens, model.config.tokens.max_tokens)
+    encoded = [[document.cut(most) for document in encode_corpus(documents, tokenizer)] for documents in splits]
+    progress = require("rich.progress", extra="train")
+    console = require("rich.console", extra="train").Console(stderr=True)
+    with progress.Progress(console=console, transient=True, disable=not show_progress) as bar:
+        tasks = [bar.add_task(f"vectors of {len(documents):,} documents, kept", total=1.0) for documents in encoded]
+        return [
+            stored.add_all(documents, partial(_show, bar, task)) for documents, task in zip(encoded, tasks, strict=True)
+        ]
+
+
+def _show(bar: Any, task: Any, done: float) -> None:
+    bar.update(task, completed=done)
 
 
 def _validation(held_out: list[Encoded], max_tokens: int) -> Any:

@@ -70,7 +70,7 @@ def summarize(
     words = DEFAULT_BUDGET_WORDS if num_sentences is None and budget_words is None else budget_words
     selection = Selection(words=words, sentences=num_sentences, max_overlap=max_overlap)
     units = split_units(document)
-    encoded = encode(units, tokenizer, max_tokens=max_tokens)
+    encoded = encode(units, tokenizer, max_tokens=min(max_tokens, model.config.max_tokens))
     start = time.perf_counter()
     scores = score_units(model, encoded, focus_fraction=focus_fraction)
     seconds = time.perf_counter() - start
