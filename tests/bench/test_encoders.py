@@ -51,20 +51,22 @@ def test_every_encoder_passes_its_check_and_is_timed() -> None:
     told: list[float] = []
     report = run(TINY, lambda _, done: told.append(done))
     assert report.broken == []
-    assert {own["status"] for own in report.rows} == {"measured"}
-    assert [own["contender"] for own in report.rows] == [contender.name for contender in contenders()]
-    checked = {own["contender"]: own["checked_tokens"] for own in report.rows if "error" in own}
+    assert {own["status"] for own in report.measurements} == {"measured"}
+    assert [own["contender"] for own in report.measurements] == [contender.name for contender in contenders()]
+    checked = {own["contender"]: own["checked_tokens"] for own in report.measurements if "error" in own}
     assert checked["trilevel converted"] == 137
     assert checked["trilevel dense"] == 61
-    assert {own["contender"] for own in report.rows} - set(checked) == {"HF Longformer", "HF ModernBERT"}
-    dense = [own for own in report.rows if own["kind"] == "dense"]
+    assert {own["contender"] for own in report.measurements} - set(checked) == {"HF Longformer", "HF ModernBERT"}
+    dense = [own for own in report.measurements if own["kind"] == "dense"]
     # the fastest is as fast as itself, and no other is faster
     assert max(own["fastest_dense_over_this"] for own in dense) == 1.0
-    ours = report.rows[0]
+    ours = report.measurements[0]
     assert ours["fastest_dense_over_this"] == min(own["median_ms"] for own in dense) / ours["median_ms"]
     assert report.bars == []
     assert told == sorted(told)
-    assert encoders_table(report).row_count == len(report.rows)
+    assert encoders_table(report).row_count == len(report.measurements)
+    assert [own["encoder"] for own in report.rows] == [own["contender"] for own in report.measurements]
+    assert [own["ms"] for own in report.rows] == [own["median_ms"] for own in report.measurements]
 
 
 def test_an_encoder_that_computes_something_else_is_broken_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +79,7 @@ def test_an_encoder_that_computes_something_else_is_broken_and_not_timed(monkeyp
     monkeypatch.setattr(encoders, "contenders", lambda: [dataclasses.replace(ours, build=wrong)])
     report = run(TINY)
     assert report.broken == ["trilevel converted"]
-    assert "median_ms" not in report.rows[0]
+    assert "median_ms" not in report.measurements[0]
     assert not report.holds
 
 
@@ -85,8 +87,8 @@ def test_what_would_take_too_much_memory_is_skipped(monkeypatch: pytest.MonkeyPa
     eager = next(contender for contender in contenders() if contender.name == "transformers eager")
     monkeypatch.setattr(encoders, "contenders", lambda: [eager])
     report = run(dataclasses.replace(TINY, most_bytes=10**6))
-    assert report.rows[0]["status"] == "skipped"
-    assert "GiB" in report.rows[0]["reason"]
+    assert report.measurements[0]["status"] == "skipped"
+    assert "GiB" in report.measurements[0]["reason"]
     # 12 heads of 8,192 x 8,192 in float32, twice over and their softmax
     assert eager.peak_bytes(8_192, 4) == 12 * 8_192**2 * 12
 

@@ -68,7 +68,8 @@ def run(case: EncodersCase, progress: Progress = lambda _what, _done: None) -> R
     progress("done", 1.0)
     return Report(
         case="encoders",
-        rows=rows,
+        rows=digest(rows),
+        measurements=rows,
         bars=bars(rows) if case.tokens == BAR_TOKENS and case.memory else [],
         settings={
             "tokens": case.tokens,
@@ -79,6 +80,22 @@ def run(case: EncodersCase, progress: Progress = lambda _what, _done: None) -> R
         },
         broken=sorted({row["contender"] for row in rows if row["status"] == "failed" and row["ours"]}),
     )
+
+
+def digest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a table of results shows of the measurements."""
+    return [
+        {
+            "precision": row["precision"],
+            "encoder": row["contender"],
+            "ms": row.get("median_ms"),
+            "times_faster_than_dense": row.get("fastest_dense_over_this"),
+            "peak_memory_bytes": row.get("peak_memory_bytes"),
+            "what_is_inside": row["scope"],
+            "note": row.get("reason"),
+        }
+        for row in rows
+    ]
 
 
 def document_ids(models: Models, tokens: int) -> Tensor:
@@ -240,7 +257,7 @@ def encoders_table(report: Report) -> Table:
     table = Table(title=f"one document of {tokens:,} tokens to its vector", title_justify="left")
     for column in ("precision", "encoder", "ms", "times faster than dense", "MiB", "what is inside"):
         table.add_column(column, justify="right" if column in ("ms", "times faster than dense", "MiB") else "left")
-    for row in report.rows:
+    for row in report.measurements:
         is_measured = row["status"] == "measured"
         time = f"{row['median_ms']:,.0f}" if is_measured else f"{row['status']}: {row['reason']}"
         ratio = f"{row['fastest_dense_over_this']:.1f}" if "fastest_dense_over_this" in row else ""
