@@ -43,15 +43,20 @@ def test_version() -> None:
 
 def test_help_names_every_command_in_order() -> None:
     output = CliRunner().invoke(app, ["--help"]).output
-    names = ["demo", "summarize", "train", "evaluate", "bench", "info"]
+    names = ["demo", "summarize", "convert", "train", "evaluate", "predict", "bench", "info"]
     places = [output.find(f"│ {name}") for name in names]
     assert -1 not in places
     assert places == sorted(places)
 
 
 @pytest.mark.parametrize(
-    "command", [["demo"], ["summarize"], ["train", "documents"], ["evaluate", "documents"], ["bench"], ["info"]]
-)
+    "command",
+    [
+        ["demo"], ["summarize"], ["convert"], ["train", "documents"], ["train", "classification"],
+        ["evaluate", "documents"], ["evaluate", "classification"], ["predict"], ["bench"], ["bench", "encoders"],
+        ["bench", "retrieval"], ["info"],
+    ],
+)  # fmt: skip
 def test_every_command_has_help(command: list[str]) -> None:
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0, result.output

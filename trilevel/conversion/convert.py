@@ -47,7 +47,7 @@ class ConvertConfig:
         steps: of distillation; 0 leaves it out.
         batch_size: sequences a step.
         trained: which weights distillation trains.
-        learning_rate: highest rate.
+        learning_rate: highest rate; None is 1e-4 for all weights and 1e-3 for few.
         max_loss: refuse to write a model whose vectors are further from the original's: 1 - mean cosine.
         lengths: tokens at which costs are predicted and measured.
         seed: of the order of batches.
@@ -61,7 +61,7 @@ class ConvertConfig:
     steps: int = 300
     batch_size: int = 8
     trained: Trained = "all"
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     max_loss: float | None = None
     lengths: tuple[int, ...] = (512, 2_048)
     seed: int = 0
@@ -71,7 +71,7 @@ class ConvertConfig:
         for name in ("num_profiled", "num_held_out", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"ConvertConfig: {name}={getattr(self, name)} must be >= 1.")
-        if self.steps < 0 or not self.learning_rate > 0:
+        if self.steps < 0 or not (self.learning_rate is None or self.learning_rate > 0):
             raise ConfigError(
                 f"ConvertConfig: steps={self.steps} must be >= 0 and learning_rate={self.learning_rate} > 0."
             )
@@ -218,7 +218,7 @@ def _distil(
     train_only(encoder, config.trained)
     train = TrainConfig(
         steps=config.steps,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate or (1e-4 if config.trained == "all" else 1e-3),
         warmup_steps=min(20, config.steps),
         checkpoint_every=50,
         seed=config.seed,
