@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -211,8 +212,6 @@ def _distil(
     *,
     show_progress: bool,
 ) -> None:
-    import tempfile
-
     padding = 0 if source.padding_id is None else source.padding_id
     batches = DistillBatches(sequences=sequences, batch_size=config.batch_size, padding_id=padding, seed=config.seed)
     train_only(encoder, config.trained)
