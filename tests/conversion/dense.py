@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trilevel.attention.layer import MultiLevelAttention
 from trilevel.model.config import EncoderConfig
 from trilevel.model.encoder import Encoder
 
@@ -29,3 +30,10 @@ def ids(lengths: tuple[int, ...], seed: int = 1) -> list[Tensor]:
     """Token ids, (tokens,) each."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(1, VOCAB, (length,), generator=generator) for length in lengths]
+
+
+def attention_of(encoder: Encoder, layer: int) -> MultiLevelAttention:
+    """The attention of a block."""
+    found = encoder.stack.blocks[layer].attention
+    assert isinstance(found, MultiLevelAttention)
+    return found

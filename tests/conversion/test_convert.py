@@ -6,6 +6,7 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from trilevel.conversion.judge import compare
 from trilevel.conversion.load import load_encoder
 from trilevel.conversion.source import Source, load_source
 from trilevel.errors import CheckpointError, ConfigError, InputError, QualityError
+from trilevel.training import loop
 from trilevel.training.interrupt import TrainingInterrupted
 
 pytest.importorskip("scipy", reason="scipy comes with the extra 'convert'")
@@ -144,7 +146,7 @@ def test_an_interrupted_distillation_goes_on_to_the_same_result(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(source, tmp_path / "whole", replace(CONFIG, steps=8))
-    real = module.fit
+    real = loop.fit
     seen: list[int] = []
 
     def stopped(*arguments: object, **options: object) -> object:
@@ -228,7 +230,7 @@ def test_a_changed_file_is_refused(source: Source, tmp_path: Path) -> None:
         ({"max_loss": 3.0}, r"max_loss=3\.0 must lie in \[0, 2\]"),
     ],
 )
-def test_settings_out_of_range_are_refused(changes: dict[str, object], message: str) -> None:
+def test_settings_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(CONFIG, **changes)
 

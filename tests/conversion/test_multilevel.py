@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from tests.conversion.dense import DIM, HEADS, LAYERS, dense_encoder, ids
-from trilevel.attention.layer import MultiLevelAttention
+from tests.conversion.dense import DIM, HEADS, LAYERS, attention_of, dense_encoder, ids
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.conversion.assign import HeadClass
 from trilevel.conversion.multilevel import convertible, with_classes
@@ -32,9 +31,8 @@ def test_a_window_over_everything_is_the_original_whatever_the_classes() -> None
 
 def test_each_head_keeps_its_own_weights_under_its_class() -> None:
     dense = dense_encoder()
-    attention = with_classes(dense, CLASSES, LEVELS, SCORERS).stack.blocks[0].attention
-    assert isinstance(attention, MultiLevelAttention)
-    original = dense.stack.blocks[0].attention
+    attention = attention_of(with_classes(dense, CLASSES, LEVELS, SCORERS), 0)
+    original = attention_of(dense, 0)
     order = [1, 3, 2, 0, 4]
     x = torch.randn(1, 19, DIM, dtype=torch.float64)
     for ours, theirs in zip(attention.project(x), original.project(x), strict=True):
@@ -50,10 +48,10 @@ def test_each_head_keeps_its_own_weights_under_its_class() -> None:
 
 def test_a_layer_of_dense_heads_stays_dense() -> None:
     converted = with_classes(dense_encoder(), CLASSES, LEVELS, SCORERS)
-    assert converted.stack.blocks[1].attention.levels is None
+    assert attention_of(converted, 1).levels is None
     assert converted.config.num_dense_heads == (1, 0, 0)
     # the rest of the last layer: no dense head, one local
-    assert converted.stack.blocks[2].attention.head_split == (1, 2, 2)
+    assert attention_of(converted, 2).head_split == (1, 2, 2)
 
 
 def test_the_original_is_left_alone() -> None:
@@ -68,7 +66,7 @@ def test_levels_and_pooling_change_what_is_computed() -> None:
     dense = dense_encoder()
     converted = with_classes(dense, CLASSES, LEVELS, SCORERS)
     assert (output(converted) - output(dense)).abs().max() > 1e-3
-    pool = converted.stack.blocks[0].attention.pool_weight
+    pool = attention_of(converted, 0).pool_weight
     assert pool is not None
     assert not pool.any()
 
@@ -78,6 +76,6 @@ def test_blocks_that_have_levels_are_passed_over() -> None:
     mixed = with_levels(dense_encoder(), (None, sliding, None))
     assert convertible(mixed) == [0, 2]
     converted = with_classes(mixed, CLASSES[[0, 2]], LEVELS, [SCORERS[0], SCORERS[2]])
-    assert converted.stack.blocks[1].attention.levels == sliding
-    assert converted.stack.blocks[2].attention.head_split == (1, 2, 2)
+    assert attention_of(converted, 1).levels == sliding
+    assert attention_of(converted, 2).head_split == (1, 2, 2)
     assert HeadClass.DENSE not in CLASSES[2]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conversion.dense import DIM, HEADS, LAYERS, dense_encoder, ids
+from tests.conversion.dense import DIM, HEADS, LAYERS, attention_of, dense_encoder, ids
 from trilevel.attention.api import multi_level_attention
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.conversion.profile import ALONE, HeadProfile, fit_scorers, profile_heads
@@ -36,7 +36,7 @@ def read_by(encoder: Encoder, layer: int, sequence: Tensor) -> tuple[Tensor, Ten
     block = encoder.stack.blocks[layer]
     handles = [
         module.register_forward_pre_hook(lambda _module, given: found.append(given[0]))
-        for module in (block, block.attention)
+        for module in (block, attention_of(encoder, layer))
     ]
     with torch.no_grad():
         encoder(sequence[None])
@@ -54,7 +54,7 @@ def test_the_error_is_what_the_layer_s_output_changes_by(norm_first: bool, place
     encoder, scorers = dense_encoder(norm_first=norm_first), some_scorers()
     found = profiled(encoder, scorers).error
     layer, head = 1, 3
-    attention = encoder.stack.blocks[layer].attention
+    attention = attention_of(encoder, layer)
     changed = stream = 0.0
     for sequence in SEQUENCES:
         x, added_to = read_by(encoder, layer, sequence)
@@ -84,7 +84,7 @@ def test_masses_and_entropy_are_those_of_the_attention() -> None:
     for sequence in SEQUENCES:
         x, _ = read_by(encoder, layer, sequence)
         with torch.no_grad():
-            q, k, _ = encoder.stack.blocks[layer].attention.project(x)
+            q, k, _ = attention_of(encoder, layer).project(x)
         weights = (q[0, head] @ k[0, head].T / 7**0.5).softmax(-1)
         for i in range(len(sequence)):
             for j in range(len(sequence)):
@@ -108,7 +108,7 @@ def test_the_scorer_is_the_ridge_regression_of_what_is_read_from_afar() -> None:
     for sequence in SEQUENCES:
         x, _ = read_by(encoder, 0, sequence)
         with torch.no_grad():
-            q, k, _ = encoder.stack.blocks[0].attention.project(x)
+            q, k, _ = attention_of(encoder, 0).project(x)
         weights = (q[0] @ k[0].transpose(1, 2) / 7**0.5).softmax(-1)[heads[0]]
         at = torch.arange(len(sequence))
         far = (at[:, None] - at).abs() > 2
@@ -153,7 +153,7 @@ def test_hooks_are_gone_afterwards() -> None:
 
     with pytest.raises(RuntimeError, match="stopped"):
         profile_heads(list(encoder.stack.blocks), broken, SEQUENCES, LEVELS, some_scorers())
-    assert not any(block._forward_pre_hooks or block.attention._forward_pre_hooks for block in encoder.stack.blocks)
+    assert not any(module._forward_pre_hooks for module in encoder.modules())
 
 
 # errors

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conversion.pretrained import make, save
-from trilevel.conversion.sequences import pieces, split_off, token_ids
+from trilevel.conversion.sequences import check_text, cut, pad, pieces, split_off
 from trilevel.conversion.source import Source, load_source
 from trilevel.errors import InputError
 
@@ -38,9 +38,19 @@ def test_special_tokens_stand_around_every_piece() -> None:
     found = pieces(source, ["one two three four five six seven eight nine ten " * 9], max_tokens=17, most=3)
     assert len(found) == 3
     for piece in found:
-        assert (piece[0], piece[-1], len(piece)) == (101, 102, 17)
-    ids = token_ids(source, "one two three", max_tokens=4).tolist()
-    assert ids == [*token_ids(source, "one two three").tolist()[:3], 102]
+        assert (piece[0].item(), piece[-1].item(), len(piece)) == (101, 102, 17)
+
+
+def test_padding_stands_behind() -> None:
+    ids, padding = pad([torch.tensor([5, 6, 7]), torch.tensor([8])], 4)
+    assert ids.tolist() == [[5, 6, 7], [8, 4, 4]]
+    assert padding.tolist() == [[False] * 3, [False, True, True]]
+
+
+def test_the_end_mark_is_kept() -> None:
+    assert cut([1, 2, 3, 4, 5], 3, behind=1) == [1, 2, 5]
+    assert cut([1, 2, 3], 3, behind=1) == [1, 2, 3]
+    assert cut([1, 2, 3], None, behind=1) == [1, 2, 3]
 
 
 def test_short_ends_are_left_out(source: Source) -> None:
@@ -66,4 +76,4 @@ def test_what_cannot_be_cut_is_said(source: Source, tmp_path: Path) -> None:
         split_off([torch.zeros(1)] * 3, 3)
     images = load_source(save(make("vit"), tmp_path))
     with pytest.raises(InputError, match=r"\(vit\) reads images, not text"):
-        token_ids(images, "text")
+        check_text(images)

@@ -12,6 +12,7 @@ from torch import Tensor
 from trilevel.conversion.embed import pooled
 from trilevel.conversion.load import load_encoder
 from trilevel.conversion.sentence import Sentence
+from trilevel.conversion.sequences import check_text, cut, pad
 from trilevel.conversion.source import Source
 from trilevel.errors import InputError
 from trilevel.model.encoder import Encoder
@@ -38,8 +39,7 @@ class Embedder:
     """
 
     def __init__(self, source: Source) -> None:
-        if source.tokenizer is None:
-            raise InputError(f"{source.name} ({source.family}) reads images, not text. Choose an encoder of text.")
+        check_text(source)
         self.source = source
         self._encoders: dict[torch.dtype, Encoder] = {}
 
@@ -160,17 +160,6 @@ class Embedder:
         return self._encoders[dtype]
 
 
-def cut(ids: Sequence[int], max_tokens: int | None, *, behind: int) -> Sequence[int]:
-    """At most `max_tokens` ids, the last `behind` of them kept.
-
-    >>> cut([101, 7, 8, 9, 102], 4, behind=1)
-    [101, 7, 8, 102]
-    """
-    if max_tokens is None or len(ids) <= max_tokens:
-        return ids
-    return [*ids[: max_tokens - behind], *ids[len(ids) - behind :]]
-
-
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Places of rows that run together, the longest first, each batch of at most `batch_tokens` padded tokens.
 
@@ -189,18 +178,6 @@ def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         batch.append(place)
     if batch:
         yield batch
-
-
-def pad(rows: Sequence[Tensor], padding_id: int) -> tuple[Tensor, Tensor]:
-    """Rows of ids as (rows, tokens), and where padding is.
-
-    >>> pad([torch.tensor([5, 6]), torch.tensor([7])], 0)[0]
-    tensor([[5, 6],
-            [7, 0]])
-    """
-    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=padding_id)
-    lengths = torch.tensor([len(row) for row in rows])
-    return ids, torch.arange(ids.shape[1]) >= lengths[:, None]
 
 
 def embed_padded(encoder: Encoder, sentence: Sentence, ids: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor]:

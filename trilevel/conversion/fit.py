@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trilevel.conversion.embed import pooled
 from trilevel.conversion.sentence import Sentence
+from trilevel.conversion.sequences import pad
 from trilevel.errors import ConfigError
 from trilevel.model.encoder import Encoder
 from trilevel.training.loop import Objective
@@ -42,23 +43,13 @@ class DistillBatches:
         """`input_ids` and `padding_mask`, both (batch, tokens)."""
         first = step * self.batch_size
         chosen = [self.sequences[self._place(first + turn)] for turn in range(self.batch_size)]
-        return padded(chosen, self.padding_id)
+        input_ids, padding_mask = pad(chosen, self.padding_id)
+        return {"input_ids": input_ids, "padding_mask": padding_mask}
 
     def _place(self, number: int) -> int:
         epoch, place = divmod(number, len(self.sequences))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return int(torch.randperm(len(self.sequences), generator=generator)[place])
-
-
-def padded(sequences: Sequence[Tensor], padding_id: int) -> dict[str, Tensor]:
-    """Sequences (tokens,) as `input_ids` and `padding_mask`, (batch, tokens) of the longest."""
-    longest = max(len(sequence) for sequence in sequences)
-    input_ids = torch.full((len(sequences), longest), padding_id)
-    padding_mask = torch.ones(len(sequences), longest, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)] = sequence
-        padding_mask[row, : len(sequence)] = False
-    return {"input_ids": input_ids, "padding_mask": padding_mask}
 
 
 def train_only(encoder: nn.Module, which: Trained) -> int:

@@ -1,4 +1,4 @@
-"""Texts to token sequences: what calibration, distillation and embedding read."""
+"""Texts to token sequences, and sequences to batches: what calibration, distillation and embedding read."""
 
 from __future__ import annotations
 
@@ -16,17 +16,27 @@ CHARACTERS_A_TOKEN = 16
 """More than any usual text has."""
 
 
-def token_ids(source: Source, text: str, *, max_tokens: int | None = None) -> Tensor:
-    """Ids of a text with the model's special tokens around it, (tokens,); cut at `max_tokens`, the last one kept.
+def cut(ids: Sequence[int], max_tokens: int | None, *, behind: int) -> Sequence[int]:
+    """At most `max_tokens` ids, the last `behind` of them kept.
 
-    Raises:
-        InputError: the encoder reads images.
+    >>> cut([101, 7, 8, 9, 102], 4, behind=1)
+    [101, 7, 8, 102]
     """
-    _check_text(source)
-    ids = source.tokenizer.encode(text).ids
-    if max_tokens is not None and len(ids) > max_tokens:
-        ids = [*ids[: max_tokens - 1], ids[-1]]
-    return torch.tensor(ids)
+    if max_tokens is None or len(ids) <= max_tokens:
+        return ids
+    return [*ids[: max_tokens - behind], *ids[len(ids) - behind :]]
+
+
+def pad(rows: Sequence[Tensor], padding_id: int) -> tuple[Tensor, Tensor]:
+    """Rows of ids as (rows, tokens), and where padding is.
+
+    >>> pad([torch.tensor([5, 6]), torch.tensor([7])], 0)[0]
+    tensor([[5, 6],
+            [7, 0]])
+    """
+    ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=padding_id)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, torch.arange(ids.shape[1]) >= lengths[:, None]
 
 
 def pieces(source: Source, texts: Sequence[str], *, max_tokens: int, most: int) -> list[Tensor]:
@@ -38,7 +48,7 @@ def pieces(source: Source, texts: Sequence[str], *, max_tokens: int, most: int) 
     Raises:
         InputError: the encoder reads images.
     """
-    _check_text(source)
+    check_text(source)
     around = source.tokenizer.num_special_tokens_to_add(False)
     room = max_tokens - around
     if room < MIN_TOKENS:
@@ -59,7 +69,8 @@ def pieces(source: Source, texts: Sequence[str], *, max_tokens: int, most: int) 
     return found
 
 
-def _check_text(source: Source) -> None:
+def check_text(source: Source) -> None:
+    """Raise `InputError` if an encoder reads images."""
     if source.tokenizer is None:
         raise InputError(f"{source.name} ({source.family}) reads images, not text. Choose an encoder of text.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests.applications.classification.tiny import NAMES, make_tokenizer
-from trilevel.applications.classification.batches import TextBatches, collate, encode
+from trilevel.applications.classification.batches import TextBatches, encode
 
 LENGTHS = [1 + (7 * place) % 29 for place in range(53)]
 SEQUENCES = [torch.full((length,), place + 1) for place, length in enumerate(LENGTHS)]
@@ -33,12 +33,6 @@ def test_a_text_without_a_token_is_one_padding_token() -> None:
 def test_texts_of_megabytes_are_cut_before_they_are_tokenised() -> None:
     found, num_cut = encode(make_tokenizer(), ["w1 " * 1_000_000], max_tokens=11)
     assert (len(found[0]), num_cut) == (11, 1)
-
-
-def test_padding() -> None:
-    batch = collate([torch.tensor([5, 6, 7]), torch.tensor([8])], padding_id=4)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 4, 4]]
-    assert batch["padding_mask"].tolist() == [[False] * 3, [False, True, True]]
 
 
 def test_an_epoch_holds_every_row_once_with_its_label() -> None:

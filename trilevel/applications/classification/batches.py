@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trilevel.conversion.sequences import pad
 from trilevel.errors import InputError
 
 _TEXTS_AT_ONCE = 256
@@ -33,17 +34,6 @@ def encode(tokenizer: Any, texts: Sequence[str], *, max_tokens: int, padding_id:
             found.append(torch.tensor([*ids[: max_tokens - 1], ids[-1]] if is_cut else ids))
             num_cut += is_cut
     return found, num_cut
-
-
-def collate(sequences: Sequence[Tensor], padding_id: int) -> dict[str, Tensor]:
-    """`input_ids` and `padding_mask` (true at padding), (batch, tokens) of the longest."""
-    longest = max(len(sequence) for sequence in sequences)
-    input_ids = torch.full((len(sequences), longest), padding_id)
-    padding_mask = torch.ones(len(sequences), longest, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, : len(sequence)] = sequence
-        padding_mask[row, : len(sequence)] = False
-    return {"input_ids": input_ids, "padding_mask": padding_mask}
 
 
 def cut(order: Sequence[int], lengths: Sequence[int], *, batch_size: int, max_batch_tokens: int) -> list[list[int]]:
@@ -103,7 +93,8 @@ class TextBatches:
         while self.steps_of(epoch + 1) <= step:
             epoch += 1
         rows = self._plan(epoch)[step - self._starts[epoch]]
-        return collate([self._sequences[row] for row in rows], self._padding_id) | {"labels": self._labels[rows]}
+        input_ids, padding_mask = pad([self._sequences[row] for row in rows], self._padding_id)
+        return {"input_ids": input_ids, "padding_mask": padding_mask, "labels": self._labels[rows]}
 
     def _make_plan(self, epoch: int) -> list[list[int]]:
         rng = np.random.default_rng((self._seed, epoch))

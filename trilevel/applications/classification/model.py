@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from trilevel.conversion.embed import pooled
 from trilevel.conversion.sentence import Pooling, Sentence
+from trilevel.conversion.sequences import check_text
 from trilevel.conversion.source import Source
-from trilevel.errors import ConfigError, InputError
+from trilevel.errors import ConfigError
 from trilevel.model.config import EncoderConfig, from_mapping
 from trilevel.model.encoder import Encoder
 
@@ -105,8 +106,7 @@ def from_source(
         InputError: the encoder reads images.
         ConfigError: a value is out of range.
     """
-    if source.tokenizer is None:
-        raise InputError(f"{source.name} ({source.family}) reads images, not text. Choose an encoder of text.")
+    check_text(source)
     config = ClassifierConfig(
         encoder=source.encoder.config,
         labels=labels,

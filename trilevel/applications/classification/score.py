@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trilevel.applications.classification.batches import collate, cut, encode
+from trilevel.applications.classification.batches import cut, encode
 from trilevel.applications.classification.checkpoint import Run
+from trilevel.conversion.sequences import pad
 
 BATCH_SIZE, MAX_BATCH_TOKENS = 64, 16_384
 
@@ -32,9 +33,8 @@ def logits_of(
     done = 0
     with torch.inference_mode():
         for rows in cut(order, lengths, batch_size=BATCH_SIZE, max_batch_tokens=MAX_BATCH_TOKENS):
-            batch = collate([sequences[row] for row in rows], settings.padding_id)
-            given = {name: tensor.to(device) for name, tensor in batch.items()}
-            found[rows] = model(given["input_ids"], padding_mask=given["padding_mask"]).float().cpu()
+            input_ids, padding_mask = pad([sequences[row] for row in rows], settings.padding_id)
+            found[rows] = model(input_ids.to(device), padding_mask=padding_mask.to(device)).float().cpu()
             done += len(rows)
             on_progress(done)
     return found
