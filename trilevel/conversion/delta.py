@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from trilevel.conversion.settings import read_table
 from trilevel.conversion.source import Source, load_source
 from trilevel.errors import CheckpointError, ConfigError, ShapeError
 from trilevel.model.checkpoint import read_tensors, write_tensors
-from trilevel.model.config import EncoderConfig, layer_levels
+from trilevel.model.config import EncoderConfig, layer_counts, layer_levels
 from trilevel.model.encoder import Encoder
 from trilevel.model.folder import CONFIG_FILE, check_names, find_folder, read_manifest, write_folder
 
@@ -175,9 +175,18 @@ def _base(source: Source, config: EncoderConfig, classes: Classes) -> Encoder:
     own = layer_levels(config.levels, config.num_layers)
     sizes = next((levels for index in blocks if (levels := own[index]) is not None), Levels())
     base = with_classes(dense, classes, sizes, [torch.zeros(dense.config.dim) for _ in blocks])
-    if base.config != config:
+    if _written_out(base.config) != _written_out(config):
         raise ConfigError(f"the encoder's configuration is not what its classes make of {source.name}.")
     return base
+
+
+def _written_out(config: EncoderConfig) -> EncoderConfig:
+    """With an entry for each block, where one may stand for all."""
+    return replace(
+        config,
+        levels=layer_levels(config.levels, config.num_layers),
+        num_dense_heads=layer_counts(config.num_dense_heads, config.num_layers),
+    )
 
 
 def _check(path: Path, changed: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

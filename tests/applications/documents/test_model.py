@@ -15,6 +15,7 @@ from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.applications.documents.units import split_units
 from trilevel.data.documents import Document
 from trilevel.errors import ConfigError
+from trilevel.model.config import EncoderConfig
 
 
 @pytest.fixture
@@ -57,6 +58,7 @@ def test_both_start_from_nearly_the_same_function(tokenizer: DocumentTokenizer, 
 
 def test_focus_keeps_a_share_of_the_units(model: DocumentModel, batch: DocumentBatch) -> None:
     details = model.details(batch, focus_fraction=0.2, explain=False)
+    assert details.tokens is not None
     assert details.tokens.kept_units is not None
     units = (~batch["unit_padding"]).sum(dim=1)
     assert details.tokens.kept_units.sum(dim=1).tolist() == [-(-int(n) // 5) for n in units]
@@ -69,6 +71,7 @@ def test_focus_on_all_equals_no_focus(model: DocumentModel, batch: DocumentBatch
 
 def test_explanations_name_global_tokens(model: DocumentModel, batch: DocumentBatch) -> None:
     explained = model.details(batch)
+    assert explained.tokens is not None
     assert len(explained.tokens.explanations) == 2
     assert len(explained.units.explanations) == 2
     prior = explained.tokens.explanations[0].global_prior[0]
@@ -115,6 +118,7 @@ def test_unknown_key_and_bad_share() -> None:
 
 def test_focus_scores_without_focus(batch: DocumentBatch, tokenizer: DocumentTokenizer) -> None:
     config = default_config(tokenizer.vocab_size)
+    assert isinstance(config.tokens, EncoderConfig)
     plain = DocumentModel(dataclasses.replace(config, tokens=dataclasses.replace(config.tokens, focus=None)))
     assert plain(batch).shape == batch["oracle"].shape
     with pytest.raises(ConfigError, match="no focus"):

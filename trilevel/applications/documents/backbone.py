@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trilevel.applications.documents.data import MAX_TOKENS, Encoded, cache_dir
+from trilevel.applications.documents.tokenizer import PADDING_ID
 from trilevel.conversion.source import Source
 from trilevel.errors import ConfigError, InputError
 from trilevel.model.config import from_mapping
@@ -32,8 +33,10 @@ class Backbone:
 
     Args:
         vector_dim: width of the frozen encoder.
+        vocab_size: of its tokenizer.
         ids_before: special tokens in front of a document.
         ids_after: special tokens behind it.
+        word_dim: width of a trained table of tokens, whose mean over a unit stands beside its vector; 0 for none.
         dim: width of the part over units.
         num_heads: its attention heads.
         dropout: of the part over units.
@@ -42,8 +45,10 @@ class Backbone:
     """
 
     vector_dim: int
+    vocab_size: int
     ids_before: tuple[int, ...]
     ids_after: tuple[int, ...]
+    word_dim: int = 0
     dim: int = 128
     num_heads: int = 4
     dropout: float = 0.2
@@ -51,9 +56,10 @@ class Backbone:
     rope_theta: float = 10_000.0
 
     def __post_init__(self) -> None:
-        """Check the width; the blocks check the rest."""
-        if self.vector_dim < 1:
-            raise ConfigError(f"Backbone: vector_dim={self.vector_dim} must be >= 1.")
+        """Check what only this part has; the blocks check the rest."""
+        for name, least in (("vector_dim", 1), ("vocab_size", 1), ("word_dim", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"Backbone: {name}={getattr(self, name)} must be >= {least}.")
 
     @property
     def max_tokens(self) -> int:
@@ -74,8 +80,8 @@ class Backbone:
         return from_mapping(cls, values)
 
 
-def backbone_of(source: Source, *, dim: int = 128, num_heads: int = 4, dropout: float = 0.2) -> Backbone:
-    """The configuration that fits an encoder and its tokenizer.
+def backbone_of(source: Source, **sizes: Any) -> Backbone:
+    """The configuration that fits an encoder and its tokenizer; `sizes` are the other arguments of `Backbone`.
 
     Raises:
         InputError: the encoder reads images.
@@ -89,14 +95,13 @@ def backbone_of(source: Source, *, dim: int = 128, num_heads: int = 4, dropout: 
         vector_dim=source.encoder.config.dim,
         ids_before=tuple(around[: len(around) - behind]),
         ids_after=tuple(around[len(around) - behind :]),
-        dim=dim,
-        num_heads=num_heads,
-        dropout=dropout,
+        vocab_size=source.tokenizer.get_vocab_size(),
+        **sizes,
     )
 
 
 class UnitInput(nn.Module):
-    """Vectors of units, and how each lies to the mean of its document, to the width of the part over units.
+    """Vectors of units, how each lies to the mean of its document, and words, to the width of the part over units.
 
     Args:
         backbone: the sizes.
@@ -107,9 +112,16 @@ class UnitInput(nn.Module):
         self.norm = nn.LayerNorm(backbone.vector_dim, eps=backbone.norm_eps)
         self.map = nn.Linear(2 * backbone.vector_dim, backbone.dim)
         self.dropout = nn.Dropout(backbone.dropout)
+        self.words = self.word_map = None
+        if backbone.word_dim:
+            self.words = nn.Embedding(backbone.vocab_size, backbone.word_dim, padding_idx=PADDING_ID)
+            self.word_map = nn.Linear(backbone.word_dim, backbone.dim, bias=False)
+            with torch.no_grad():
+                # a hidden word says nothing
+                self.words.weight.normal_(std=0.06)[PADDING_ID] = 0.0
 
-    def forward(self, vectors: Tensor, unit_padding: Tensor | None) -> Tensor:
-        """Map (batch, units, vector_dim) to (batch, units, dim)."""
+    def forward(self, vectors: Tensor, input_ids: Tensor, unit_ids: Tensor, unit_padding: Tensor | None) -> Tensor:
+        """Map vectors (batch, units, vector_dim) and tokens (batch, tokens) to (batch, units, dim)."""
         x = self.norm(vectors)
         if unit_padding is None:
             centre = x.mean(1, keepdim=True)
@@ -118,6 +130,9 @@ class UnitInput(nn.Module):
             centre = torch.where(real, x, 0).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
         centre = F.normalize(centre, dim=-1) * centre.shape[-1] ** 0.5
         mapped: Tensor = self.map(self.dropout(torch.cat([x, x * centre], dim=-1)))
+        if self.words is not None and self.word_map is not None:
+            words, _ = mean_by_unit(self.words(input_ids), unit_ids, num_units=vectors.shape[1])
+            mapped = mapped + self.word_map(words)
         return mapped
 
 

@@ -235,7 +235,9 @@ class DocumentModel(nn.Module):
         if self.unit_input is not None:
             if focus_fraction is not None and focus_fraction < 1.0:
                 raise ConfigError(f"focus_fraction={focus_fraction}: a model on a pretrained encoder has no focus.")
-            return None, self.unit_input(self._vectors(batch, num_units), batch["unit_padding"])
+            ids = self._with_hidden_words(batch["input_ids"])
+            vectors = self._vectors(batch, num_units)
+            return None, self.unit_input(vectors, ids, batch["unit_ids"], batch["unit_padding"])
         assert self.encoder is not None
         tokens = self.encoder(
             self._with_hidden_words(batch["input_ids"]),

@@ -64,10 +64,12 @@ class SizeConfig:
 class BackboneSize:
     """The part over units on a pretrained encoder; `bfloat16`: the encoder reads the corpus in that precision."""
 
+    word_dim: int
     dim: int
     num_heads: int
     unit_layers: int
     dropout: float
+    word_dropout: float
     bfloat16: bool = False
 
 
@@ -231,8 +233,11 @@ def _backbone_model(recipe: Recipe, source: Source, *, is_dense: bool, start: st
     assert isinstance(size, BackboneSize)
     model = DocumentModel(
         DocumentConfig(
-            tokens=backbone_of(source, dim=size.dim, num_heads=size.num_heads, dropout=size.dropout),
+            tokens=backbone_of(
+                source, word_dim=size.word_dim, dim=size.dim, num_heads=size.num_heads, dropout=size.dropout
+            ),
             unit_layers=size.unit_layers,
+            word_dropout=size.word_dropout,
         )
     )
     return model.dense() if is_dense else model
