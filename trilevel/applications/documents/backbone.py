@@ -115,7 +115,9 @@ class UnitInput(nn.Module):
         self.words = self.word_map = None
         if backbone.word_dim:
             self.words = nn.Embedding(backbone.vocab_size, backbone.word_dim, padding_idx=PADDING_ID)
-            self.word_map = nn.Linear(backbone.word_dim, backbone.dim, bias=False)
+            self.word_map = nn.Sequential(
+                nn.LayerNorm(backbone.word_dim, eps=backbone.norm_eps), nn.Linear(backbone.word_dim, backbone.dim)
+            )
             with torch.no_grad():
                 # a hidden word says nothing
                 self.words.weight.normal_(std=0.06)[PADDING_ID] = 0.0
@@ -153,9 +155,10 @@ def unit_vectors(encoder: Encoder, backbone: Backbone, input_ids: Tensor, unit_i
     return found
 
 
-def encoder_digest(encoder: Encoder) -> str:
-    """Of everything that decides a vector: configuration and weights."""
-    digest = hashlib.sha256(json.dumps([_VERSION, encoder.config.to_dict()], sort_keys=True).encode())
+def _digest(encoder: Encoder, backbone: Backbone) -> str:
+    """Of everything that decides a vector but the text: configuration, weights, special tokens."""
+    values = [_VERSION, encoder.config.to_dict(), backbone.ids_before, backbone.ids_after]
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         digest.update(f"{name} {tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
@@ -174,7 +177,7 @@ class StoredVectors:
 
     def __init__(self, encoder: Encoder, backbone: Backbone) -> None:
         self._encoder, self._backbone = encoder, backbone
-        self._digest = encoder_digest(encoder)
+        self._digest = _digest(encoder, backbone)
         self._folder = cache_dir() / f"unit-vectors-{self._digest[:16]}"
         self._folder.mkdir(parents=True, exist_ok=True)
 
