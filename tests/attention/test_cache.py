@@ -363,7 +363,7 @@ def test_a_prompt_needs_an_empty_cache() -> None:
 
 @pytest.mark.parametrize(("levels", "is_causal"), [(None, True), (BASE, False)])
 def test_layers_that_cannot_decode(levels: Levels | None, is_causal: bool) -> None:
-    with pytest.raises(ConfigError, match=r"needs a causal layer with levels, got is_causal="):
+    with pytest.raises(ConfigError, match=r"needs a causal layer with levels in all heads, got is_causal="):
         layer(levels, is_causal=is_causal).new_cache(1)
 
 
