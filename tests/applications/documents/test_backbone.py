@@ -131,11 +131,15 @@ def change_bias(source: Source, value: float) -> None:
         dict(source.encoder.named_parameters())["stack.blocks.0.attention.out_proj.bias"][0] = value
 
 
-def test_another_encoder_has_vectors_of_its_own(source: Source, backbone: Backbone, encoded: Encoded) -> None:
+def test_other_weights_or_special_tokens_have_vectors_of_their_own(
+    source: Source, backbone: Backbone, encoded: Encoded
+) -> None:
     first = StoredVectors(source.encoder, backbone).add(encoded)
+    bare = StoredVectors(source.encoder, replace(backbone, ids_before=(), ids_after=())).add(encoded)
     change_bias(source, 2.0)
     second = StoredVectors(source.encoder, backbone).add(encoded)
-    assert np.abs(vectors_in(first) - vectors_in(second)).max() > 0.01
+    for other in (bare, second):
+        assert np.abs(vectors_in(first) - vectors_in(other)).max() > 0.01
 
 
 def test_vectors_that_are_no_numbers(source: Source, backbone: Backbone, encoded: Encoded) -> None:
