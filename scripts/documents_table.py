@@ -89,7 +89,10 @@ def main(arguments: Sequence[str]) -> int:
     """Rewrite the pages, or with `--check` say whether they are up to date."""
     result = json.loads(RESULT.read_text(encoding="utf-8"))
     differs = False
-    for page, text in ((PAGE, tables(result)), (CARD, card(result))):
+    pages = [(PAGE, tables(result))]
+    # the model on MiniLM may not have been trained yet
+    pages += [(CARD, card(result))] if CARD.exists() else []
+    for page, text in pages:
         old = page.read_text(encoding="utf-8")
         head, _, rest = old.partition(BEGIN)
         new = f"{head}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}"
