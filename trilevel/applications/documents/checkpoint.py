@@ -5,6 +5,7 @@ A model on a pretrained encoder has `encoder/` in place of the tokenizer: which 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,8 +65,15 @@ def shipped_tokenizer() -> DocumentTokenizer:
     return load_tokenizer(PRETRAINED / TOKENIZER_FILE)
 
 
+def ship_run(run: str | Path, path: str | Path) -> None:
+    """Copy a run on a pretrained encoder without optimizer, log and pretrained weights: what is shipped."""
+    model = load_model(run)
+    save_checkpoint(Path(path) / CHECKPOINT_FOLDER, model=model, config=model.config.to_dict())
+    shutil.copytree(Path(run) / ENCODER_FOLDER, Path(path) / ENCODER_FOLDER, dirs_exist_ok=True)
+
+
 def save_run(path: str | Path, model: DocumentModel, tokenizer: DocumentTokenizer) -> None:
-    """Write weights and tokenizer, without optimizer: what is shipped."""
+    """Write weights and tokenizer of a model with an encoder of its own, without optimizer: what is shipped."""
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     save_checkpoint(folder / CHECKPOINT_FOLDER, model=model, config=model.config.to_dict())
