@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,36 @@ def test_load_reads_converted_folders_and_pretrained_ones(source: Source, tmp_pa
     assert torch.equal(Embedder.load(tmp_path / "converted").embed(TEXTS), wanted)
     save(make("bert"), tmp_path / "bert")
     assert Embedder.load(str(tmp_path / "bert")).dim == 42
+
+
+def test_a_converted_folder_is_found_in_the_home(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_converted(tmp_path / "converted", source, source.encoder, {})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Embedder.load("~/converted").dim == 42
+
+
+def test_a_damaged_converted_folder_says_so_and_can_be_written_again(source: Source, tmp_path: Path) -> None:
+    folder = save_converted(tmp_path / "converted", source, source.encoder, {})
+    config = folder / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps(values | {"version": 2}))
+    with pytest.raises(CheckpointError, match="format version 2 and this trilevel reads 1"):
+        Embedder.load(folder)
+    del values["config"]["converted"]["family"]
+    config.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"describes no converted encoder \('family'\)"):
+        Embedder.load(folder)
+    values["config"]["encoder"]["dim"] = 3 * 10**18
+    config.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="describes no converted encoder"):
+        Embedder.load(folder)
+    config.write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
+        Embedder.load(folder)
+    save_converted(folder, source, source.encoder, {})
+    assert Embedder.load(folder).dim == 42
 
 
 def test_minilm_embeds_as_its_card_says() -> None:

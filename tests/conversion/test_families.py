@@ -291,7 +291,7 @@ def test_parameters_can_be_trained(tmp_path: Path) -> None:
         ("bert", {"hidden_act": "mish"}, "hidden_act='mish'; one of gelu, .*silu, swish is supported"),
         ("bert", {"hidden_size": "42"}, "hidden_size='42'; an integer is supported"),
         ("bert", {"hidden_size": 43}, "dim=43 is no multiple of num_heads=3"),
-        ("bert", {"layer_norm_eps": "tiny"}, "layer_norm_eps='tiny'; a number is supported"),
+        ("bert", {"layer_norm_eps": "tiny"}, "layer_norm_eps='tiny'; a number >= 0 is supported"),
         ("modernbert", {"norm_bias": 1}, "norm_bias=1; true or false is supported"),
         ("modernbert", {"layer_types": ["full_attention"]}, "a list of 5 of full_attention, sliding_attention"),
         ("modernbert", {"layer_types": 5 * ["half"]}, "layer_types=.*is supported"),

@@ -337,6 +337,43 @@ def test_damaged_config(content: str, match: str, folder: Path) -> None:
         load_source(folder)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "match"),
+    [
+        ("bert", {"vocab_size": 10**15, "hidden_size": 3 * 10**6}, "sizes that no model has"),
+        ("bert", {"max_position_embeddings": 10**40}, "sizes that no model has"),
+        ("bert", {"layer_norm_eps": float("nan")}, "layer_norm_eps=nan; a number >= 0"),
+        ("bert", {"layer_norm_eps": -1.0}, "layer_norm_eps=-1.0; a number >= 0"),
+        ("bert", {"layer_norm_eps": 10**400}, "layer_norm_eps=10+; a number >= 0"),
+        ("modernbert", {"layer_types": [[1]] * 5}, r"layer_types=\[\[1\], .*; a list of 5 of"),
+        ("modernbert", {"rope_parameters": {"full_attention": {"rope_theta": float("inf")}}}, "rope_theta=inf; a num"),
+        ("roberta", {"pad_token_id": -5}, "pad_token_id=-5; a token >= 0"),
+    ],
+)
+def test_absurd_config(family: str, changes: dict[str, Any], match: str, tmp_path: Path) -> None:
+    source = save(make(family), tmp_path)
+    values = json.loads((source / "config.json").read_text())
+    write(source / "config.json", values | changes)
+    with pytest.raises(ConfigError, match=match):
+        load_source(source)
+
+
+def test_weights_that_are_no_numbers(folder: Path) -> None:
+    weights = safetensors.load_file(folder / "model.safetensors")
+    weights["encoder.layer.1.output.dense.weight"][3, 5] = float("nan")
+    safetensors.save_file(weights, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"encoder\.layer\.1\.output\.dense\.weight holds values that are no fin"):
+        load_source(folder)
+
+
+def test_weights_that_stand_under_two_names(folder: Path) -> None:
+    weights = safetensors.load_file(folder / "model.safetensors")
+    name = "embeddings.LayerNorm.bias"
+    safetensors.save_file(weights | {f"bert.{name}": torch.zeros(42)}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"bert\.{name} and {name}, which are one"):
+        load_source(folder)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "tf_model.h5", "model.pt"])
 def test_pickled_weights_are_refused(name: str, folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / name)

@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trilevel.conversion.sentence import Sentence
 from trilevel.conversion.source import Source
+from trilevel.conversion.weights import bare_encoder
 from trilevel.errors import CheckpointError, require
 from trilevel.model.checkpoint import MODEL_FILE, read_tensors, write_tensors
 from trilevel.model.config import EncoderConfig, from_mapping
@@ -23,19 +22,22 @@ TOKENIZER_FILE, MODULES_FILE = "tokenizer.json", "modules.json"
 REPORT_FILE, PICTURE_FILE = "report.json", "head_map.png"
 FILES = {MODEL_FILE, TOKENIZER_FILE, REPORT_FILE, PICTURE_FILE, MODULES_FILE}
 # how sentence-transformers finds the class that loads the folder
-_MODULES = [{"idx": 0, "name": "0", "path": "", "type": "trilevel.integrations.sentence_transformers.ConvertedEncoder"}]
+_MODULE = "trilevel.integrations.sentence_transformers.ConvertedEncoder"
+_MODULES = [{"idx": 0, "name": "0", "path": "", "type": _MODULE}]
 _KEPT = ("name", "family", "config", "padding_id", "special_tokens", "trained_tokens", "sha256")
 
 
 def is_converted(folder: Path) -> bool:
     """Whether a folder was written by `save_converted`, whole or not."""
     found = find_folder(folder)
-    if found is None or not (found / CONFIG_FILE).is_file():
+    if found is None:
         return False
     try:
         return "converted" in read_manifest(found)["config"]
     except CheckpointError:
-        return False
+        # damaged, or of another version: whose it is, the file beside it says too
+        modules = found / MODULES_FILE
+        return modules.is_file() and _MODULE.encode() in modules.read_bytes()
 
 
 def save_converted(
@@ -74,7 +76,7 @@ def _write(data: bytes, path: Path) -> None:
 
 
 def read_converted(folder: str | Path) -> Source:
-    """What `save_converted` wrote, each file's hash compared; the encoder in evaluation mode.
+    """What `save_converted` wrote, the hash of each file that is read compared; the encoder in evaluation mode.
 
     Raises:
         CheckpointError: nothing is there, or it is not as it was written.
@@ -87,14 +89,12 @@ def read_converted(folder: str | Path) -> Source:
     check_names(path, manifest, FILES)
     config = manifest["config"]
     try:
-        kept = dict(config["converted"])
+        kept = {name: config["converted"][name] for name in (*_KEPT, "sentence")}
         kept["sentence"] = from_mapping(Sentence, kept["sentence"])
-        encoder_config = EncoderConfig.from_dict(config["encoder"])
+        encoder = bare_encoder(EncoderConfig.from_dict(config["encoder"]))
     except (KeyError, TypeError, ValueError) as error:
         where = path / CONFIG_FILE
         raise CheckpointError(f"{where} describes no converted encoder ({error}). Convert again.") from error
-    with torch.device("meta"):
-        encoder = Encoder(encoder_config)
     weights = read_tensors(path, MODEL_FILE, manifest)
     try:
         encoder.load_state_dict(weights, assign=True)

@@ -157,10 +157,10 @@ def _roberta(settings: Settings) -> Plan:
     # positions count from padding_id + 1 over real tokens: the rows before that are read by padding alone
     unread = padding_id + 1
     rows = bert.trained_tokens - unread
-    if rows < 1:
+    if rows < 1 or padding_id < 0:
         raise ConfigError(
-            f"config.json has max_position_embeddings={bert.trained_tokens} and pad_token_id={padding_id}; more than "
-            f"{unread} positions are needed, for they count from there. Download the model again."
+            f"config.json has max_position_embeddings={bert.trained_tokens} and pad_token_id={padding_id}; a token "
+            f">= 0 and more than {unread} positions are needed, for they count from there. Download the model again."
         )
     return Plan(
         config=replace(bert.config, num_positions=rows, positions_skip_padding=True),
@@ -264,7 +264,7 @@ def _sliding_layers(settings: Settings, num_layers: int) -> tuple[bool, ...]:
     if given is None and every > 0:
         return tuple(index % every > 0 for index in range(num_layers))
     kinds = {"full_attention": False, "sliding_attention": True}
-    if not isinstance(given, list) or len(given) != num_layers or any(kind not in kinds for kind in given):
+    if not isinstance(given, list) or len(given) != num_layers or any(kind not in tuple(kinds) for kind in given):
         raise ConfigError(
             f"config.json has layer_types={given!r} and global_attn_every_n_layers={every}; a list of {num_layers} of "
             f"{', '.join(kinds)} is supported, or every n-th layer with n > 0."

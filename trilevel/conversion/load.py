@@ -17,5 +17,5 @@ def load_encoder(name_or_path: str | Path) -> Source:
     Raises:
         CheckpointError, ConfigError, MissingExtraError: as `read_converted` and `load_source` do.
     """
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     return read_converted(path) if is_converted(path) else load_source(name_or_path)

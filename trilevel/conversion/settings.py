@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from trilevel.errors import CheckpointError, ConfigError
 
 _UNSET: Any = object()
+# JSON knows infinity, and integers that no float holds
+_ENDLESS = 1e300
 
 
 def read_json(path: Path) -> Any:
@@ -37,10 +40,16 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 class Settings:
-    """Values of a `config.json` with the defaults of their family; a wrong kind of value is a `ConfigError`."""
+    """Values of a `config.json` with the defaults of their family; a wrong kind of value is a `ConfigError`.
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    Args:
+        values: what the file holds.
+        file: its name, for messages.
+    """
+
+    def __init__(self, values: Mapping[str, Any], *, file: str = "config.json") -> None:
         self.values = values
+        self.file = file
 
     def number(self, name: str, default: Any = _UNSET) -> int:
         """An integer; without `default` it must be there."""
@@ -50,11 +59,19 @@ class Settings:
         return value
 
     def real(self, name: str, default: float) -> float:
-        """A number."""
+        """A number that is finite and not below 0."""
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self._wrong(name, value, "a number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _ENDLESS:
+            raise self._wrong(name, value, "a number >= 0")
         return float(value)
+
+    def reals(self, name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        """As many numbers as `default` has, from a list or from one for all."""
+        value = self._get(name, default)
+        many = tuple(value) if isinstance(value, (list, tuple)) else (value,) * len(default)
+        if len(many) != len(default) or not all(_is_finite(x) for x in many):
+            raise self._wrong(name, value, f"a number or {len(default)}")
+        return tuple(map(float, many))
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
@@ -91,15 +108,19 @@ class Settings:
         # absent, null and the empty value all mean the usual thing
         if value and value != unless:
             raise ConfigError(
-                f"config.json has {name}={value!r}, which is not supported; supported is {unless!r}. Choose a model of "
+                f"{self.file} has {name}={value!r}, which is not supported; supported is {unless!r}. Choose a model of "
                 "the family without it."
             )
 
     def _get(self, name: str, default: Any) -> Any:
         value = self.values.get(name, default)
         if value is _UNSET:
-            raise ConfigError(f"config.json lacks {name!r}, which is needed. Download the model again.")
+            raise ConfigError(f"{self.file} lacks {name!r}, which is needed. Download the model again.")
         return value
 
     def _wrong(self, name: str, value: Any, needed: str) -> ConfigError:
-        return ConfigError(f"config.json has {name}={value!r}; {needed} is supported.")
+        return ConfigError(f"{self.file} has {name}={value!r}; {needed} is supported.")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

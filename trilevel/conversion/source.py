@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trilevel.conversion.families import Family, find_family
 from trilevel.conversion.locate import locate
 from trilevel.conversion.sentence import Sentence, read_sentence
 from trilevel.conversion.settings import Settings, read_table
 from trilevel.conversion.tokenizer import load_tokenizer, special_tokens
-from trilevel.conversion.weights import find_weights, hash_weights, map_weights, read_weights
+from trilevel.conversion.weights import bare_encoder, find_weights, hash_weights, map_weights, read_weights
 from trilevel.errors import CheckpointError
 from trilevel.model.encoder import Encoder
 
@@ -90,9 +88,7 @@ def load_source(name_or_path: str | Path, *, sha256: str | None = None) -> Sourc
             "ask for the hash of this one if it is the right one."
         )
     tokenizer, special = _tokenizer(inner, family, plan.config.vocab_size)
-    # parameters without memory, which are then replaced
-    with torch.device("meta"):
-        encoder = Encoder(plan.config)
+    encoder = bare_encoder(plan.config)
     shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
     state, leftovers = map_weights(read_weights(files), family, plan, shapes)
     encoder.load_state_dict(state, assign=True)

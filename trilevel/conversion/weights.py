@@ -11,7 +11,9 @@ from torch import Tensor
 
 from trilevel.conversion.families import HEADS, Family, Plan
 from trilevel.conversion.settings import read_table
-from trilevel.errors import CheckpointError, require
+from trilevel.errors import CheckpointError, ConfigError, require
+from trilevel.model.config import EncoderConfig
+from trilevel.model.encoder import Encoder
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -94,6 +96,23 @@ def read_weights(files: tuple[Path, ...]) -> dict[str, Tensor]:
     return tensors
 
 
+def bare_encoder(config: EncoderConfig) -> Encoder:
+    """An encoder whose parameters take no memory and hold nothing, to be replaced.
+
+    Raises:
+        ConfigError: a size that no tensor can have.
+    """
+    try:
+        with torch.device("meta"):
+            return Encoder(config)
+    # torch's words for a number of bytes, or one size, beyond 64 bits
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(
+            f"config.json asks for sizes that no model has ({reason}). Download the model again."
+        ) from error
+
+
 def map_weights(
     tensors: Mapping[str, Tensor], family: Family, plan: Plan, wanted: Mapping[str, torch.Size]
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -108,7 +127,11 @@ def map_weights(
     Raises:
         CheckpointError: a weight is missing, unknown, or has another shape or kind than the configuration says.
     """
-    given = {_own_name(name, family): name for name in tensors}
+    given: dict[str, str] = {}
+    for name in tensors:
+        other = given.setdefault(_own_name(name, family), name)
+        if other != name:
+            raise CheckpointError(f"the weights hold {other} and {name}, which are one. Download the model again.")
     pieces = {target: _sources(target, plan) for target in wanted}
     absent = {
         target for target in wanted if target.endswith(".bias") and target.removesuffix(".bias") in plan.without_bias
@@ -165,6 +188,8 @@ def _stacked(target: str, parts: Mapping[str, Tensor], plan: Plan, wanted: torch
             )
         if not tensor.is_floating_point():
             raise CheckpointError(f"{name} has type {tensor.dtype}; only floating-point weights are supported.")
+        if not bare.isfinite().all():
+            raise CheckpointError(f"{name} holds values that are no finite numbers. Download the model again.")
         found.append(bare[first:].float())
     # a copy even of one: what was read may still lie in the file
     return torch.cat(found)
