@@ -17,17 +17,18 @@ from trilevel.attention.call import Call
 from trilevel.attention.cost import cheaper
 from trilevel.attention.finite import finite_only, sees_any
 from trilevel.attention.geometry import make_geometry
-from trilevel.attention.impl import blocked, native, reference, triton
+from trilevel.attention.impl import blocked, graph, native, reference, triton
 from trilevel.attention.levels import HeadSplit, LevelRatio, Levels
 from trilevel.attention.rope import rotate
 from trilevel.errors import ConfigError, ImplementationError, ShapeError
 
-Impl = Literal["auto", "reference", "blocked", "native", "triton"]
+Impl = Literal["auto", "reference", "blocked", "native", "triton", "graph"]
 IMPLEMENTATIONS: dict[str, Callable[[Call], tuple[Tensor, Tensor | None]]] = {
     "reference": reference.attend,
     "blocked": blocked.attend,
     "native": native.attend,
     "triton": triton.attend,
+    "graph": graph.attend,
 }
 _log = logging.getLogger(__name__)
 
@@ -126,8 +127,8 @@ def multi_level_attention(
         scale: of the logits, default 1 / sqrt(dim).
         rotary: cosines and sines of `rope.rotary_tables`: query and key are rotated first. `native` does so while it
             reads them, without a copy (inference).
-        impl: `auto`, `native` (C++ on a CPU), `triton` (CUDA), `blocked` (portable) or `reference` (O(tokens^2),
-            defines the truth).
+        impl: `auto`, `native` (C++ on a CPU), `triton` (CUDA), `blocked` (portable), `graph` (what is exported: no
+            gradients of the selection, right padding only) or `reference` (O(tokens^2), defines the truth).
         return_lse: return (output, log-sum-exp (batch, heads, tokens)) as well.
 
     Returns:
@@ -160,6 +161,8 @@ def multi_level_attention(
             query, key = (rotate(x, *rotary) for x in (query, key))
             call = replace(call, query=query, key=key, rotary=None)
     if is_dense:
+        if impl == "graph" and not return_lse:
+            return graph.dense(call)
         if impl == "auto" and not return_lse:
             return dense_attention(call)
         call = _as_dense(call)
