@@ -1,0 +1,1 @@
+"""Smaller and cheaper models: pruning and quantization."""

@@ -1,0 +1,305 @@
+"""Linear maps and tables in 8 or 4 bits: float masters that round as they run, and the stored integers they become."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trilevel.compression.fake_quantize import (
+    dequantize,
+    dequantize_4bit,
+    fake_quantize,
+    linear_4bit,
+    pack_4bit,
+    quantize_tensor,
+)
+from trilevel.compression.observers import LIMITS, Grid, grid_of
+
+WEIGHT_LIMITS = {8: (-127, 127), 4: (-8, 7)}
+CLIPS_4BIT = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+"""Shares of a group's largest weight that the search for its scale tries."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputGrid:
+    """How a linear map rounds what it reads: `low..high` on an integer grid."""
+
+    grid: Grid
+    low: float
+    high: float
+
+    def tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale in the type of `like`, and the zero point in the type of the grid."""
+        scale, zero = grid_of(self.low, self.high, self.grid)
+        kind = torch.int8 if self.grid == "int8" else torch.uint8
+        return like.new_tensor(scale), torch.tensor(zero, dtype=kind, device=like.device)
+
+
+class Reads(nn.Module):
+    """What both kinds of linear map do to their input: an optional factor for each feature, then rounding."""
+
+    input_multiplier: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def __init__(self, multiplier: Tensor | None, scale: Tensor | None, zero_point: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("input_multiplier", multiplier)
+        # a logarithm when it is learned: one learning rate then suits scales of every size
+        if isinstance(scale, nn.Parameter):
+            self.input_scale = scale
+        else:
+            self.register_buffer("input_scale", scale)
+        self.register_buffer("input_zero_point", zero_point)
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether the scale is a parameter, kept as its logarithm."""
+        return isinstance(self.input_scale, nn.Parameter)
+
+    def scale(self) -> Tensor | None:
+        """The step of the grid; None if the input is not rounded."""
+        if self.input_scale is None:
+            return None
+        return self.input_scale.exp() if self.is_learned else self.input_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of the same shape."""
+        if self.input_multiplier is not None:
+            x = x * self.input_multiplier.to(x.dtype)
+        scale = self.scale()
+        if scale is None or self.input_zero_point is None:
+            return x
+        smallest, largest = LIMITS["int8" if self.input_zero_point.dtype == torch.int8 else "uint8"]
+        return fake_quantize(x, scale, self.input_zero_point, smallest, largest)
+
+    def fixed(self) -> Reads:
+        """A copy with nothing to learn."""
+        parts = (self.input_multiplier, self.scale(), self.input_zero_point)
+        return Reads(*(None if part is None else part.detach().clone() for part in parts))
+
+    def extra_repr(self) -> str:
+        """The grid."""
+        kind = "float" if self.input_zero_point is None else str(self.input_zero_point.dtype).removeprefix("torch.")
+        return f"{kind}, has_multiplier={self.input_multiplier is not None}"
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear map that rounds its weight and, with an `InputGrid`, its input whenever it runs; the bias stays float.
+
+    8 bits: a scale for each output, -127..127. 4 bits: a scale for each group of inputs of each output, -8..7.
+    `weight` stays a float parameter, the master that training moves (straight-through gradients). Made by `of`.
+    """
+
+    bits: int
+    group_size: int
+    reads: Reads
+    weight_scale: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        linear: nn.Linear,
+        *,
+        bits: int = 8,
+        group_size: int = 32,
+        reads: InputGrid | None = None,
+        multiplier: Tensor | None = None,
+        is_learned: bool = False,
+    ) -> QuantizedLinear:
+        """Take over the parameters of `linear`.
+
+        Args:
+            linear: the map; its weight is already divided by `multiplier`.
+            bits: 8 or 4.
+            group_size: inputs that share a scale, for 4 bits.
+            reads: how the input is rounded; None leaves it float.
+            multiplier: `(in_features,)`, what the input is multiplied by before; None for nothing.
+            is_learned: scales of input and weight are parameters.
+        """
+        made = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        made.weight, made.bias = linear.weight, linear.bias
+        made.bits, made.group_size = bits, group_size if bits == 4 else 0
+        weight = linear.weight.detach()
+        scale = _scale_8bit(weight) if bits == 8 else _scale_4bit(_groups(weight, group_size))
+        input_scale, zero_point = (None, None) if reads is None else reads.tensors(weight)
+        if is_learned:
+            made.weight_log_scale = nn.Parameter(scale.log())
+            input_scale = None if input_scale is None else nn.Parameter(input_scale.log())
+        else:
+            made.register_buffer("weight_scale", scale)
+        made.reads = Reads(multiplier, input_scale, zero_point)
+        return made.train(linear.training)
+
+    def scale(self) -> Tensor:
+        """`(out,)` for 8 bits, `(out, groups)` for 4."""
+        learned: Tensor | None = getattr(self, "weight_log_scale", None)
+        return self.weight_scale if learned is None else learned.exp()
+
+    def rounded_weight(self) -> Tensor:
+        """What the weight counts for, `(out, in)`."""
+        zero = torch.zeros((), dtype=torch.int8, device=self.weight.device)
+        smallest, largest = WEIGHT_LIMITS[self.bits]
+        if self.bits == 8:
+            return fake_quantize(self.weight, self.scale(), zero, smallest, largest, axis=0)
+        groups = _groups(self.weight, self.group_size)
+        rounded = fake_quantize(groups.flatten(0, 1), self.scale().flatten(), zero, smallest, largest, axis=0)
+        return rounded.view(groups.shape).flatten(1)[:, : self.in_features]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return F.linear(self.reads(x), self.rounded_weight(), self.bias)
+
+    @torch.no_grad()
+    def frozen(self) -> FrozenLinear | FrozenLinear4bit:
+        """The same map with its integers stored."""
+        zero = torch.zeros((), dtype=torch.int8, device=self.weight.device)
+        smallest, largest = WEIGHT_LIMITS[self.bits]
+        scale = self.scale().detach().clone()
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone())
+        if self.bits == 8:
+            q = quantize_tensor(self.weight, scale, zero, smallest, largest, axis=0).to(torch.int8)
+            return FrozenLinear(q, scale, bias, self.reads.fixed()).train(self.training)
+        groups = _groups(self.weight, self.group_size)
+        q = quantize_tensor(groups.flatten(0, 1), scale.flatten(), zero, smallest, largest, axis=0)
+        packed = pack_4bit(q.view(groups.shape))
+        return FrozenLinear4bit(packed, scale, bias, self.reads.fixed(), self.in_features).train(self.training)
+
+    def extra_repr(self) -> str:
+        """Sizes and bits."""
+        return f"{super().extra_repr()}, bits={self.bits}" + (f", group_size={self.group_size}" * (self.bits == 4))
+
+
+class QuantizedEmbedding(nn.Embedding):
+    """A table whose rows are rounded to 8 bits as they are read, each with its own scale; zero rows stay zero."""
+
+    row_scale: Tensor
+
+    @classmethod
+    def of(cls, embedding: nn.Embedding) -> QuantizedEmbedding:
+        """Take over the table of `embedding`."""
+        made = cls(embedding.num_embeddings, embedding.embedding_dim, device="meta")
+        made.padding_idx, made.weight = embedding.padding_idx, embedding.weight
+        made.register_buffer("row_scale", _scale_8bit(embedding.weight.detach()))
+        return made.train(embedding.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Ids of any shape to `(..., dim)`."""
+        rows = F.embedding(x, self.weight, self.padding_idx).flatten(0, -2)
+        zero = torch.zeros((), dtype=torch.int8, device=rows.device)
+        rounded = fake_quantize(rows, self.row_scale[x.flatten()], zero, *WEIGHT_LIMITS[8], axis=0)
+        return rounded.view(*x.shape, self.embedding_dim)
+
+    @torch.no_grad()
+    def frozen(self) -> FrozenEmbedding:
+        """The same table with its integers stored."""
+        zero = torch.zeros((), dtype=torch.int8, device=self.weight.device)
+        q = quantize_tensor(self.weight, self.row_scale, zero, *WEIGHT_LIMITS[8], axis=0).to(torch.int8)
+        return FrozenEmbedding(q, self.row_scale.clone(), self.padding_idx).train(self.training)
+
+
+# subclasses, so that what looks for linear maps and tables finds them; their parameters are properties and buffers
+
+
+class FrozenLinear(nn.Linear):
+    """A linear map with a stored int8 weight `(out, in)` and a scale for each output."""
+
+    weight_int8: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, weight_int8: Tensor, weight_scale: Tensor, bias: nn.Parameter | None, reads: Reads) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight_int8.shape
+        self.register_buffer("weight_int8", weight_int8)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_parameter("bias", bias)
+        self.reads = reads
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # computed, not stored
+        """The weight in floating point."""
+        return dequantize(self.weight_int8, self.weight_scale, axis=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return F.linear(self.reads(x), self.weight, self.bias)
+
+
+class FrozenLinear4bit(nn.Linear):
+    """A linear map with a stored weight of 4 bits, uint8 `(out, groups, group_size / 2)`, see `pack_4bit`."""
+
+    packed: Tensor
+    weight_scale: Tensor
+
+    def __init__(
+        self, packed: Tensor, weight_scale: Tensor, bias: nn.Parameter | None, reads: Reads, in_features: int
+    ) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = packed.shape[0], in_features
+        self.register_buffer("packed", packed)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_parameter("bias", bias)
+        self.reads = reads
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # computed, not stored
+        """The weight in floating point."""
+        return dequantize_4bit(self.packed, self.weight_scale, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., in)` to `(..., out)`."""
+        return linear_4bit(self.reads(x), self.packed, self.weight_scale, self.bias)
+
+
+class FrozenEmbedding(nn.Embedding):
+    """A table of stored int8 rows `(num_embeddings, dim)`, each with its own scale."""
+
+    weight_int8: Tensor
+    row_scale: Tensor
+
+    def __init__(self, weight_int8: Tensor, row_scale: Tensor, padding_idx: int | None) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = weight_int8.shape
+        self.padding_idx = padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.register_buffer("weight_int8", weight_int8)
+        self.register_buffer("row_scale", row_scale)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # computed, not stored
+        """The table in floating point."""
+        return dequantize(self.weight_int8, self.row_scale, axis=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Ids of any shape to `(..., dim)`; only the rows that are read are made float."""
+        # the integers themselves are float after this operator, the scale of each row follows
+        rows = dequantize(F.embedding(x, self.weight_int8), self.row_scale.new_ones(()))
+        values: Tensor = rows * F.embedding(x, self.row_scale[:, None])
+        return values
+
+
+def _scale_8bit(weight: Tensor) -> Tensor:
+    """A scale for each row, 1 where the row is zero."""
+    largest = weight.abs().amax(1)
+    return torch.where(largest > 0, largest / WEIGHT_LIMITS[8][1], 1)
+
+
+def _groups(weight: Tensor, group_size: int) -> Tensor:
+    """`(out, in)` as `(out, groups, group_size)`, zeros behind the last input."""
+    return F.pad(weight, (0, -weight.shape[1] % group_size)).unflatten(1, (-1, group_size))
+
+
+def _scale_4bit(groups: Tensor) -> Tensor:
+    """The scale of each group that rounds it with the smallest squared error, among `CLIPS_4BIT`."""
+    smallest, largest = WEIGHT_LIMITS[4]
+    top = groups.abs().amax(2)
+    tried = [torch.where(top > 0, clip * top / largest, 1) for clip in CLIPS_4BIT]
+    errors = [
+        ((groups / one[..., None]).round().clamp(smallest, largest) * one[..., None] - groups).square().sum(2)
+        for one in tried
+    ]
+    best = torch.stack(errors).argmin(0)
+    return torch.stack(tried).gather(0, best[None]).squeeze(0)
