@@ -137,6 +137,11 @@ def test_no_texts_and_texts_without_a_token(source: Source, tmp_path: Path) -> N
     assert found[1].abs().max() > 0
 
 
+def test_half_a_surrogate_pair_is_a_question_mark(source: Source) -> None:
+    found = Embedder(source).embed(["w1 \ud83d w2", "w1 ? w2"])
+    assert torch.equal(found[0], found[1])
+
+
 def test_progress_ends_at_one_and_never_falls(source: Source) -> None:
     told: list[tuple[str, float]] = []
     Embedder(source).embed(TEXTS, batch_tokens=100, progress=lambda what, done: told.append((what, done)))

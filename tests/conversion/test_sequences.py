@@ -57,6 +57,10 @@ def test_short_ends_are_left_out(source: Source) -> None:
     assert [len(piece) for piece in pieces(source, [words(18), words(5)], max_tokens=11, most=9)] == [11]
 
 
+def test_half_a_surrogate_pair_stops_nothing(source: Source) -> None:
+    assert len(pieces(source, [words(9) + " \ud83d"], max_tokens=11, most=9)[0]) == 10
+
+
 def test_of_many_texts_some_spread_over_all_are_read(source: Source) -> None:
     found = pieces(source, [words(9, start) for start in range(40)], max_tokens=9, most=4)
     assert [piece[0].item() - 5 for piece in found] == [0, 10, 20, 30]

@@ -12,7 +12,7 @@ from torch import Tensor
 from trilevel.conversion.embed import pooled
 from trilevel.conversion.load import load_encoder
 from trilevel.conversion.sentence import Sentence
-from trilevel.conversion.sequences import check_text, cut, pad
+from trilevel.conversion.sequences import characters, check_text, cut, pad
 from trilevel.conversion.source import Source
 from trilevel.errors import InputError
 from trilevel.model.encoder import Encoder
@@ -74,7 +74,7 @@ class Embedder:
         found: list[Tensor] = []
         # an encoding holds far more than ids, so few exist at a time
         for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-            encodings = tokenizer.encode_batch(list(texts[start : start + _TOKENIZED_AT_ONCE]))
+            encodings = tokenizer.encode_batch(list(map(characters, texts[start : start + _TOKENIZED_AT_ONCE])))
             found += [
                 torch.tensor(cut(one.ids, max_tokens, behind=around // 2), dtype=torch.int64) for one in encodings
             ]

@@ -16,6 +16,15 @@ CHARACTERS_A_TOKEN = 16
 """More than any usual text has."""
 
 
+def characters(text: str) -> str:
+    r"""A text with a question mark for what is no character (half a surrogate pair), which no tokenizer takes.
+
+    >>> characters("one \ud800 two")
+    'one ? two'
+    """
+    return text.encode("utf-8", "replace").decode()
+
+
 def cut(ids: Sequence[int], max_tokens: int | None, *, behind: int) -> Sequence[int]:
     """At most `max_tokens` ids, the last `behind` of them kept.
 
@@ -58,7 +67,7 @@ def pieces(source: Source, texts: Sequence[str], *, max_tokens: int, most: int) 
     chosen = [texts[place * len(texts) // most] for place in range(most)] if len(texts) > most else texts
     # as much of a text as its pieces need: twice their share, as others may be short
     room_for = CHARACTERS_A_TOKEN * max_tokens * 2 * -(-most // max(1, len(chosen)))
-    plain = [source.tokenizer.encode(text[:room_for], add_special_tokens=False).ids for text in chosen]
+    plain = [source.tokenizer.encode(characters(text[:room_for]), add_special_tokens=False).ids for text in chosen]
     found: list[Tensor] = []
     start = 0
     while len(found) < most and any(len(ids) - start >= MIN_TOKENS for ids in plain):

@@ -111,6 +111,8 @@ def test_labels_are_texts_numbers_and_truths(tmp_path: Path) -> None:
     data = load(tmp_path, [{"text": f"t{place}", "label": label} for place, label in enumerate(labels)])
     assert data.labels == ("0.5", "3", "4", "pos", "true")
     assert sort_labels({"10", "-2", "9"}) == ("-2", "9", "10")
+    assert sort_labels({"--2", "10", "9"}) == ("--2", "10", "9")
+    assert sort_labels({"9" * 5_000, "10"}) == ("10", "9" * 5_000)
 
 
 @pytest.mark.parametrize("label", [None, "", "  ", float("nan")])

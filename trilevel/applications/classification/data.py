@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trilevel.applications.classification.table import Row, column, read_table
+from trilevel.conversion.sequences import characters
 from trilevel.errors import ConfigError, InputError
 
 SPLITS = ("train", "valid", "test")
@@ -19,6 +21,8 @@ MIN_ROWS_OF_CLASS = 8
 
 _SPLIT_NAMES = {name: name for name in SPLITS} | {"validation": "valid", "val": "valid", "dev": "valid"}
 _SHOWN = 5
+# of a length that int reads
+_WHOLE = re.compile(r"-?\d{1,300}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +153,7 @@ def sort_labels(labels: set[str]) -> tuple[str, ...]:
     >>> sort_labels({"10", "9"}), sort_labels({"10", "9", "x"})
     (('9', '10'), ('10', '9', 'x'))
     """
-    are_numbers = all(label.lstrip("-").isdecimal() for label in labels)
+    are_numbers = all(_WHOLE.fullmatch(label) for label in labels)
     return tuple(sorted(labels, key=lambda label: (int(label), label))) if are_numbers else tuple(sorted(labels))
 
 
@@ -168,8 +172,8 @@ def text_of(row: Row, name: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Without white space around it; what is no character (half a surrogate pair) becomes a question mark."""
-    return text.strip().encode("utf-8", "replace").decode()
+    """Without white space around it, and without what is no character."""
+    return characters(text.strip())
 
 
 def _example(row: Row, columns: Columns) -> Example | None:
