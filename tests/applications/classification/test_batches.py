@@ -30,6 +30,23 @@ def test_a_text_without_a_token_is_one_padding_token() -> None:
     assert found[0].tolist() == [3]
 
 
+def test_a_cut_without_an_end_mark_keeps_the_start() -> None:
+    found, num_cut = encode(make_tokenizer(has_marks=False), ["w0 w1 w2 w3"], max_tokens=3)
+    assert ([NAMES[token] for token in found[0]], num_cut) == (["w0", "w1", "w2"], 1)
+
+
+def test_text_behind_very_many_characters_is_read() -> None:
+    texts = ["w0" + " " * 5_000 + "w1 w2", "x" * 5_000 + " w1", "x" * 5_000 + " w0 w1 w2 w3"]
+    found, num_cut = encode(make_tokenizer(), texts, max_tokens=5)
+    names = [[NAMES[token] for token in ids] for ids in found]
+    assert names == [
+        ["[CLS]", "w0", "w1", "w2", "[SEP]"],
+        ["[CLS]", "[UNK]", "w1", "[SEP]"],
+        ["[CLS]", "[UNK]", "w0", "w1", "[SEP]"],
+    ]
+    assert num_cut == 1
+
+
 def test_texts_of_megabytes_are_cut_before_they_are_tokenised() -> None:
     found, num_cut = encode(make_tokenizer(), ["w1 " * 1_000_000], max_tokens=11)
     assert (len(found[0]), num_cut) == (11, 1)

@@ -21,6 +21,7 @@ from trilevel.applications.classification.evaluate import (
     wilson,
 )
 from trilevel.errors import ConfigError, InputError
+from trilevel.model.folder import sha256_of
 
 LABELS = ("a", "b", "c", "never")
 
@@ -126,10 +127,17 @@ def test_what_cannot_be_evaluated(run: Run, tmp_path: Path) -> None:
         held_out(moved)
 
 
-def test_runs_that_cannot_be_compared(run: Run) -> None:
+def test_runs_that_cannot_be_compared(run: Run, tmp_path: Path) -> None:
     rows = held_out(run)
     check_comparable(run, run, rows)
     with pytest.raises(ConfigError, match="split by another rule"):
         check_comparable(run, replace(run, origin=replace(run.origin, valid_fraction=0.1)), rows)
-    # on another file both are strangers
-    check_comparable(run, replace(run, origin=replace(run.origin, valid_fraction=0.1)), replace(rows, split="all"))
+    other_text = replace(run.origin, columns=replace(run.origin.columns, text="title"))
+    with pytest.raises(ConfigError, match="split by another rule"):
+        check_comparable(run, replace(run, origin=other_text), rows)
+    # on another file both are strangers, unless one was trained on it
+    other = held_out(run, write_rows(tmp_path / "other.jsonl", make_rows(9, seed=5)))
+    check_comparable(run, replace(run, origin=replace(run.origin, valid_fraction=0.1)), other)
+    theirs = replace(run, origin=replace(run.origin, sha256=sha256_of(other.path)))
+    with pytest.raises(ConfigError, match=r"was trained on .*other\.jsonl, so it knows the rows"):
+        check_comparable(run, theirs, other)

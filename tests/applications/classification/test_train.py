@@ -95,6 +95,9 @@ def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     train_tiny(tmp_path, recipe=short)
     with pytest.raises(ConfigError, match="different are: max_tokens, limit"):
         train_tiny(tmp_path, recipe=short, max_tokens=7, limit=40)
+    batching = dataclasses.replace(RECIPE.data, batch_size=7, seed=1)
+    with pytest.raises(ConfigError, match=r"different are: batch_size, seed\."):
+        train_tiny(tmp_path, recipe=dataclasses.replace(short, data=batching))
     with pytest.raises(ConfigError, match="different are: encoder weights"):
         train_tiny(tmp_path, recipe=short, encoder=write_encoder(tmp_path / "other", seed=1))
     with pytest.raises(ConfigError, match="different are: data"):

@@ -65,12 +65,13 @@ class Run:
         return self.model.config.max_tokens
 
 
-def saved_config(model: Classifier, tokenizer_text: str, origin: Origin) -> dict[str, Any]:
-    """What the checkpoint keeps beside the weights."""
+def saved_config(model: Classifier, tokenizer_text: str, origin: Origin, batching: Mapping[str, Any]) -> dict[str, Any]:
+    """What the checkpoint keeps beside the weights; `batching` is how rows become batches."""
     return {
         "classifier": model.config.to_dict(),
         "tokenizer_sha256": hashlib.sha256(tokenizer_text.encode()).hexdigest(),
         "origin": _to_dict(origin),
+        "batching": dict(batching),
     }
 
 
@@ -84,7 +85,10 @@ def prepare_run(folder: Path, source: Source, config: Mapping[str, Any]) -> None
     checkpoint = folder / CHECKPOINT_FOLDER
     if has_checkpoint(checkpoint):
         there = _flat(read_config(checkpoint))
-        changed = [name for name, value in _flat(config).items() if name not in _FREE and there.get(name) != value]
+        # what an older trilevel did not write is not compared
+        changed = [
+            name for name, value in _flat(config).items() if name not in _FREE and there.get(name, value) != value
+        ]
         if changed:
             raise ConfigError(
                 f"{checkpoint} is of another run; different are: {', '.join(changed)}. Give the same encoder, data and "
@@ -146,8 +150,9 @@ def _from_dict(values: Mapping[str, Any]) -> Origin:
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """The values that decide whether two runs are one, by the names that a message may use."""
-    parts = {name: dict(config.get(name) or {}) for name in ("classifier", "origin")}
+    parts = {name: dict(config.get(name) or {}) for name in ("classifier", "origin", "batching")}
     columns = {f"{name} column": value for name, value in dict(parts["origin"].pop("columns", {})).items()}
     named = {"sha256": "data", "encoder": "encoder name", "encoder_sha256": "encoder weights"}
     origin = {named.get(name, name): value for name, value in parts["origin"].items() if name != "encoder"}
-    return parts["classifier"] | origin | columns
+    tokenizer = {"tokenizer": config.get("tokenizer_sha256")}
+    return parts["classifier"] | origin | columns | parts["batching"] | tokenizer

@@ -66,16 +66,20 @@ def held_out(run: Run, path: Path | None = None, *, split: str | None = None, li
 def check_comparable(ours: Run, theirs: Run, rows: HeldOut) -> None:
     """Raise `ConfigError` if the other model has other classes, or was trained on rows that ours held out.
 
-    Rows are held out by the same rule when columns and share are equal, whatever the limit.
+    Rows are held out by the same rule when columns and share are equal, whatever the limit. Of a file that the other
+    one was trained on, not all rows are taken.
     """
     if set(ours.labels) != set(theirs.labels):
         raise ConfigError(f"{theirs.folder} has the classes {theirs.labels} and {ours.folder} {ours.labels}.")
-    same_file = theirs.origin.sha256 == ours.origin.sha256 and rows.split != "all"
-    rules = [(run.origin.columns.split, run.origin.valid_fraction) for run in (ours, theirs)]
-    if same_file and rules[0] != rules[1]:
+    if sha256_of(rows.path) != theirs.origin.sha256:
+        return
+    if rows.split == "all":
+        raise ConfigError(f"{theirs.folder} was trained on {rows.path}, so it knows the rows. Name another file.")
+    rules = [(run.origin.columns.text, run.origin.columns.split, run.origin.valid_fraction) for run in (ours, theirs)]
+    if rules[0] != rules[1]:
         raise ConfigError(
-            f"{theirs.folder} was split by another rule than {ours.folder} (split column, valid_fraction: {rules[1]} "
-            f"and {rules[0]}), so it may know the rows that are compared. Train both alike."
+            f"{theirs.folder} was split by another rule than {ours.folder} (text column, split column, "
+            f"valid_fraction: {rules[1]} and {rules[0]}), so it may know the rows that are compared. Train both alike."
         )
 
 

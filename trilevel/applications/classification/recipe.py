@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +204,7 @@ def train(
         valid_fraction=recipe.data.valid_fraction,
         limit=limit,
     )
-    config = saved_config(model, source.tokenizer.to_str(), origin)
+    config = saved_config(model, source.tokenizer.to_str(), origin, asdict(recipe.data))
     prepare_run(out_dir, source, config)
 
     sequences, labels, num_cut = _tensors(data, "train", None, source.tokenizer, model.config)
