@@ -30,6 +30,10 @@ class CheckpointError(TrilevelError, ValueError):
     """A checkpoint is missing, damaged or belongs to another model."""
 
 
+class ArtifactError(TrilevelError, ValueError):
+    """An artifact is missing, damaged, of an unknown format, or gives other answers than it was made to give."""
+
+
 class QualityError(TrilevelError):
     """A result is below the quality that was asked for, and is not written."""
 

@@ -10,25 +10,47 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from trilevel.errors import CheckpointError
+from trilevel.errors import CheckpointError, TrilevelError
 
 CONFIG_FILE = "config.json"
-FORMAT = "trilevel-checkpoint"
-VERSION = 1
 _PIECE = 1 << 20
+# stands for the hash of a manifest while that is computed
+_UNSEALED = "0" * 64
 
 
-def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]], config: Mapping[str, Any]) -> None:
-    """Write `files` (name and a function that writes to a path) and `config.json` to `folder`, atomically.
+class Kind(NamedTuple):
+    """What a folder is: its noun in messages, what its manifest says of the format, the manifest's name, its error.
+
+    `is_sealed`: the manifest holds a hash of itself, so that no byte of it can change unseen.
+    """
+
+    noun: str
+    format: str
+    version: int
+    manifest: str
+    error: type[TrilevelError]
+    is_sealed: bool = False
+
+
+CHECKPOINT = Kind("checkpoint", "trilevel-checkpoint", 1, CONFIG_FILE, CheckpointError)
+
+
+def write_folder(
+    folder: Path,
+    files: Mapping[str, Callable[[Path], None]],
+    config: Mapping[str, Any],
+    kind: Kind = CHECKPOINT,
+) -> None:
+    """Write `files` (name and a function that writes to a path) and the manifest to `folder`, atomically.
 
     Everything is written and synced to a temporary folder beside, which then takes the place of `folder`. The old one
     is set aside as `.NAME.previous` between the two renames; `find_folder` looks there, so a crash at any moment
-    leaves a whole checkpoint to read.
+    leaves a whole folder to read.
 
     Raises:
-        CheckpointError: the disk is full, read-only, ...; what was there before is unchanged.
+        CheckpointError (or that of `kind`): the disk is full, read-only, ...; what was there before is unchanged.
     """
     folder = folder.resolve()
     temporary: Path | None = None
@@ -36,11 +58,11 @@ def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]], conf
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
-        _write_files(temporary, files, config)
+        _write_files(temporary, files, config, kind)
         _replace(temporary, folder)
     except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint {folder} could not be written ({error}); what was there before is unchanged. Free "
+        raise kind.error(
+            f"the {kind.noun} {folder} could not be written ({error}); what was there before is unchanged. Free "
             "space or choose another folder, then run again."
         ) from error
     finally:
@@ -49,23 +71,34 @@ def write_folder(folder: Path, files: Mapping[str, Callable[[Path], None]], conf
 
 
 def _remove_leftovers(folder: Path) -> None:
-    # what a killed writer left; a checkpoint has one writer at a time
+    # what a killed writer left; a folder has one writer at a time
     for path in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_files(temporary: Path, files: Mapping[str, Callable[[Path], None]], config: Mapping[str, Any]) -> None:
+def _write_files(
+    temporary: Path, files: Mapping[str, Callable[[Path], None]], config: Mapping[str, Any], kind: Kind
+) -> None:
     digests = {}
     for name, write in files.items():
         write(temporary / name)
         _sync(temporary / name)
         digests[name] = sha256_of(temporary / name)
-    manifest = {"format": FORMAT, "version": VERSION, "files": digests, "config": config}
-    (temporary / CONFIG_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    _sync(temporary / CONFIG_FILE)
-    # mkdtemp makes it private; a checkpoint is as readable as any other file of the user
+    manifest = {"format": kind.format, "version": kind.version, "files": digests, "config": config}
+    if kind.is_sealed:
+        manifest["sha256"] = _UNSEALED
+    text = json.dumps(manifest, indent=2) + "\n"
+    if kind.is_sealed:
+        text = text.replace(_UNSEALED, _seal(text))
+    (temporary / kind.manifest).write_text(text, encoding="utf-8")
+    _sync(temporary / kind.manifest)
+    # mkdtemp makes it private; what is written is as readable as any other file of the user
     temporary.chmod(0o777 & ~_umask())
     _sync(temporary)
+
+
+def _seal(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _replace(temporary: Path, folder: Path) -> None:
@@ -85,72 +118,82 @@ def _replace(temporary: Path, folder: Path) -> None:
 
 
 def find_folder(folder: Path) -> Path | None:
-    """Where the checkpoint `folder` is: there, or set aside by a write that was cut off; None if nowhere."""
+    """Where `folder` is: there, or set aside by a write that was cut off; None if nowhere."""
     folder = folder.resolve()
     return next((path for path in (folder, _aside(folder)) if path.exists()), None)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `config.json` says, checked for format and version.
+def read_manifest(folder: Path, kind: Kind = CHECKPOINT) -> dict[str, Any]:
+    """What the manifest says, checked for format and version.
 
     Raises:
-        CheckpointError: there is no folder or file, it is no JSON, or of an unknown format or version.
+        CheckpointError (or that of `kind`): there is no folder or file, it is no JSON, of an unknown format or version,
+            or changed since.
     """
-    where = folder / CONFIG_FILE
-    _require_inside(folder, where)
+    where = folder / kind.manifest
+    _require_inside(folder, where, kind)
     if not where.is_file():
-        raise CheckpointError(
-            f"{folder} has no {CONFIG_FILE}; it is no trilevel checkpoint, or not all of it was copied."
+        raise kind.error(
+            f"{folder} has no {kind.manifest}; it is no trilevel {kind.noun}, or not all of it was copied."
         )
     try:
-        manifest = json.loads(where.read_text(encoding="utf-8"))
+        text = where.read_text(encoding="utf-8")
+        manifest = json.loads(text)
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{where} cannot be read ({error}). Copy the checkpoint again or restore it.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{where} does not say format={FORMAT!r}; it is no trilevel checkpoint.")
-    if manifest.get("version") != VERSION:
-        raise CheckpointError(
-            f"{where} has format version {manifest.get('version')!r} and this trilevel reads {VERSION}. "
+        raise kind.error(f"{where} cannot be read ({error}). Copy the {kind.noun} again or restore it.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != kind.format:
+        raise kind.error(f"{where} does not say format={kind.format!r}; it is no trilevel {kind.noun}.")
+    if manifest.get("version") != kind.version:
+        raise kind.error(
+            f"{where} has format version {manifest.get('version')!r} and this trilevel reads {kind.version}. "
             "Use the trilevel that wrote it, or save it again."
         )
+    if kind.is_sealed:
+        seal = str(manifest.pop("sha256", None))
+        if _seal(text.replace(seal, _UNSEALED)) != seal:
+            raise kind.error(f"{where} was changed or damaged: it does not have the hash it says. {_restore(kind)}")
     unknown = sorted(set(manifest) - {"format", "version", "files", "config"})
     if unknown or not isinstance(manifest.get("files"), dict) or not isinstance(manifest.get("config"), dict):
-        raise CheckpointError(
+        raise kind.error(
             f"{where} has unknown keys {unknown}; format, version, files and config are needed and nothing else."
             if unknown
-            else f"{where} lacks its files or config table. Restore the checkpoint."
+            else f"{where} lacks its files or config table. {_restore(kind)}"
         )
     return manifest
 
 
-def checked_file(folder: Path, name: str, manifest: Mapping[str, Any]) -> Path:
+def _restore(kind: Kind) -> str:
+    return f"Restore the {kind.noun}."
+
+
+def checked_file(folder: Path, name: str, manifest: Mapping[str, Any], kind: Kind = CHECKPOINT) -> Path:
     """The path of a file that the manifest lists, after its hash has been compared.
 
     Raises:
-        CheckpointError: it is not listed, missing, lies outside the folder, or its hash differs.
+        CheckpointError (or that of `kind`): it is not listed, missing, lies outside the folder, or its hash differs.
     """
     wanted = manifest["files"].get(name)
     if wanted is None:
-        raise CheckpointError(f"{folder} holds no {name}; it has {', '.join(sorted(manifest['files'])) or 'no files'}.")
+        raise kind.error(f"{folder} holds no {name}; it has {', '.join(sorted(manifest['files'])) or 'no files'}.")
     path = folder / name
-    _require_inside(folder, path)
+    _require_inside(folder, path, kind)
     if not path.is_file():
-        raise CheckpointError(f"{folder} lacks {name}, which its {CONFIG_FILE} lists. Copy the checkpoint again.")
+        raise kind.error(f"{folder} lacks {name}, which its {kind.manifest} lists. Copy the {kind.noun} again.")
     found = sha256_of(path)
     if found != wanted:
-        raise CheckpointError(
-            f"{path} has sha256 {found[:12]}… and {CONFIG_FILE} says {str(wanted)[:12]}…: it was changed or damaged. "
-            "Restore the checkpoint."
+        raise kind.error(
+            f"{path} has sha256 {found[:12]}… and {kind.manifest} says {str(wanted)[:12]}…: it was changed or damaged. "
+            f"{_restore(kind)}"
         )
     return path
 
 
-def check_names(folder: Path, manifest: Mapping[str, Any], known: set[str]) -> None:
-    """Raise `CheckpointError` if the manifest lists a file that no checkpoint has, a path elsewhere above all."""
+def check_names(folder: Path, manifest: Mapping[str, Any], known: set[str], kind: Kind = CHECKPOINT) -> None:
+    """Raise the error of `kind` if the manifest lists a file that no such folder has, a path elsewhere above all."""
     unknown = sorted(set(manifest["files"]) - known)
     if unknown:
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE} lists {', '.join(map(repr, unknown))}; a checkpoint holds "
+        raise kind.error(
+            f"{folder / kind.manifest} lists {', '.join(map(repr, unknown))}; a {kind.noun} holds "
             f"{', '.join(sorted(known))} and nothing else."
         )
 
@@ -164,9 +207,9 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _require_inside(folder: Path, path: Path) -> None:
+def _require_inside(folder: Path, path: Path, kind: Kind) -> None:
     if path.resolve().parent != folder.resolve():
-        raise CheckpointError(f"{path} leads out of the checkpoint to {path.resolve()}; links are not followed.")
+        raise kind.error(f"{path} leads out of the {kind.noun} to {path.resolve()}; links are not followed.")
 
 
 def _aside(folder: Path) -> Path:
