@@ -70,6 +70,22 @@ def test_the_flag_is_needed_and_our_function_needs_none(folder: Path) -> None:
     close(model.encode(TEXTS, prompt_name="query"), wanted(folder, ["w1 w2 " + text for text in TEXTS]))
 
 
+def test_our_function_gives_what_was_saved(folder: Path, tmp_path: Path) -> None:
+    options = {"prompts": {"query": "w3 w4 "}, "default_prompt_name": "query", "similarity_fn_name": "dot"}
+    model = sentence_transformer(folder, device="cpu", **options)
+    model.save(str(tmp_path / "saved"))
+    again = sentence_transformer(tmp_path / "saved", device="cpu")
+    assert again.similarity_fn_name == "dot"
+    close(again.encode(TEXTS), wanted(folder, ["w3 w4 " + text for text in TEXTS]))
+    plain = sentence_transformer(tmp_path / "saved", device="cpu", default_prompt_name=None)
+    close(plain.encode(TEXTS), wanted(folder))
+    # what stands behind the encoder is not left out in silence
+    values = [{"idx": 0, "name": "0", "path": "", "type": "a"}, {"idx": 1, "name": "1", "path": "1_Dense", "type": "b"}]
+    (tmp_path / "saved" / "modules.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="has modules behind the converted encoder"):
+        sentence_transformer(tmp_path / "saved")
+
+
 def test_long_texts_are_not_cut_unless_asked(folder: Path) -> None:
     model, text = load(folder), words(1_009, 3)
     assert model.max_seq_length is None
@@ -231,6 +247,13 @@ def test_folders_and_options_that_cannot_be_used(folder: Path, tmp_path: Path) -
         load(folder, backend="onnx")
     with pytest.raises(ConfigError, match="takes no attn_implementation"):
         load(folder, model_kwargs={"attn_implementation": "sdpa"})
+    for dtype in ("banana", "int8"):
+        with pytest.raises(ConfigError, match=f"dtype='{dtype}' is no type of weights"):
+            load(folder, model_kwargs={"dtype": dtype})
+    limited = shutil.copytree(folder, tmp_path / "limited")
+    (limited / "sentence_bert_config.json").write_text('{"max_seq_length": "all"}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="max_seq_length='all'; an integer or null is needed"):
+        load(limited)
     with pytest.raises(ConfigError, match="safe_serialization=False asks for pickled weights"):
         load(folder).save(str(tmp_path / "saved"), safe_serialization=False)
     damaged = shutil.copytree(folder, tmp_path / "damaged")

@@ -15,7 +15,7 @@ from trilevel.conversion.converted import MODULES_FILE, PICTURE_FILE, REPORT_FIL
 from trilevel.conversion.embed import pooled
 from trilevel.conversion.embedder import BATCH_TOKENS, Embedder, batches, embed_padded
 from trilevel.conversion.sequences import pad
-from trilevel.conversion.settings import read_table
+from trilevel.conversion.settings import read_json, read_table
 from trilevel.conversion.source import Source
 from trilevel.errors import CheckpointError, ConfigError, InputError, require
 from trilevel.model.folder import CONFIG_FILE, read_manifest
@@ -25,6 +25,8 @@ TOKEN_STATES = 16 * BATCH_TOKENS
 
 # where sentence-transformers has always kept the limit of its first module
 _LIMIT_FILE = "sentence_bert_config.json"
+_SETTINGS_FILE = "config_sentence_transformers.json"
+_SETTINGS = ("prompts", "default_prompt_name", "similarity_fn_name")
 
 
 def sentence_transformer(folder: str | Path, **options: Any) -> Any:
@@ -36,14 +38,25 @@ def sentence_transformer(folder: str | Path, **options: Any) -> Any:
 
     Args:
         folder: the converted encoder.
-        options: of `SentenceTransformer`, such as `device` or `prompts`.
+        options: of `SentenceTransformer`, such as `device` or `prompts`; they go before those that were saved.
 
     Raises:
         CheckpointError: there is no converted encoder, or it is damaged.
+        ConfigError: the folder was saved with further modules.
         MissingExtraError: sentence-transformers is not installed.
     """
     library = require("sentence_transformers", extra="sentence-transformers")
-    return library.SentenceTransformer(modules=[ConvertedEncoder.load(str(folder))], **options)
+    encoder = ConvertedEncoder.load(str(folder))
+    modules, settings = Path(folder) / MODULES_FILE, Path(folder) / _SETTINGS_FILE
+    if modules.is_file() and len(read_json(modules)) != 1:
+        raise ConfigError(
+            f"{folder} has modules behind the converted encoder, which would be left out. Load it with "
+            "SentenceTransformer(folder, trust_remote_code=True)."
+        )
+    saved = read_table(settings) if settings.is_file() else {}
+    return library.SentenceTransformer(
+        modules=[encoder], **({name: saved[name] for name in _SETTINGS if saved.get(name)} | options)
+    )
 
 
 class ConvertedEncoder(nn.Module):
@@ -216,10 +229,19 @@ class ConvertedEncoder(nn.Module):
         if unknown:
             raise ConfigError(f"a converted encoder takes no {', '.join(unknown)}; give model_kwargs={{'dtype': ...}}.")
         limit = read_table(folder / _LIMIT_FILE).get("max_seq_length") if (folder / _LIMIT_FILE).is_file() else None
+        if not isinstance(limit, (int, type(None))):
+            raise CheckpointError(f"{folder / _LIMIT_FILE} has max_seq_length={limit!r}; an integer or null is needed.")
         made = cls(read_converted(folder), max_seq_length=limit)
         if dtype not in (None, "auto"):
-            made.encoder.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            made.encoder.to(_floating(dtype))
         return made
+
+
+def _floating(dtype: Any) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype={dtype!r} is no type of weights; use 'float32', 'bfloat16' or 'auto'.")
+    return found
 
 
 class _Features(dict[str, Any]):
