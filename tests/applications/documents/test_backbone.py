@@ -128,6 +128,10 @@ def test_vectors_are_computed_once(
     third = StoredVectors(source.encoder, backbone).add_all(documents)
     assert np.array_equal(vectors_in(first[1]), vectors_in(third[1]))
     assert len(list(cache_dir().rglob("*.npy"))) == 2
+    # what is left of a file when the power fails
+    files[1].write_bytes(b"")
+    fourth = StoredVectors(source.encoder, backbone).add_all(documents)
+    assert np.array_equal(vectors_in(first[1]), vectors_in(fourth[1]))
 
 
 def change_bias(source: Source, value: float) -> None:
@@ -149,6 +153,11 @@ def test_other_weights_or_special_tokens_have_vectors_of_their_own(
 def test_vectors_that_are_no_numbers(source: Source, backbone: Backbone, encoded: Encoded) -> None:
     change_bias(source, torch.nan)
     with pytest.raises(InputError, match="no numbers"):
+        StoredVectors(source.encoder, backbone).add(encoded)
+    change_bias(source, 0.0)
+    norms = [weight for name, weight in source.encoder.named_parameters() if name.endswith("ffn_norm.bias")]
+    torch.nn.init.constant_(norms[-1], 1e6)
+    with pytest.raises(InputError, match="beyond 65,504"):
         StoredVectors(source.encoder, backbone).add(encoded)
 
 

@@ -207,10 +207,12 @@ class StoredVectors:
 
     def _computed(self, document: Encoded) -> np.ndarray:
         ids, units = (torch.from_numpy(x.astype(np.int64))[None] for x in (document.input_ids, document.unit_ids))
-        vectors = unit_vectors(self._encoder, self._backbone, ids, units, document.num_units)[0].numpy()
+        vectors = unit_vectors(self._encoder, self._backbone, ids, units, document.num_units)[0].half().numpy()
         if not np.isfinite(vectors).all():
-            raise InputError("the pretrained encoder gives vectors that are no numbers; its weights are damaged.")
-        return vectors.astype(np.float16)
+            raise InputError(
+                "the pretrained encoder gives vectors that are no numbers, or beyond 65,504; its weights are damaged."
+            )
+        return vectors
 
     def _key(self, document: Encoded) -> str:
         digest = hashlib.sha256(self._digest.encode())
@@ -222,7 +224,7 @@ class StoredVectors:
 def _read(path: Path) -> np.ndarray | None:
     try:
         stored: np.ndarray = np.load(path, allow_pickle=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         # absent, or damaged: made again
         return None
     return stored
