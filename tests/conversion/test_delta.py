@@ -137,6 +137,9 @@ def test_damage(source: Source, tmp_path: Path) -> None:
     (folder / "config.json").write_text(config.replace('"regional"', '"oblique"'))
     with pytest.raises(CheckpointError, match="describes no delta"):
         read_delta(folder)
+    (folder / "config.json").write_text(config.replace('"regional"', "1"))
+    with pytest.raises(CheckpointError, match="describes no delta"):
+        read_delta(folder)
     (folder / "config.json").write_text(config.replace('"dense"', '"local"', 1))
     with pytest.raises(CheckpointError, match="does not fit"):
         apply_delta(folder, source)

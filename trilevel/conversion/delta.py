@@ -201,7 +201,7 @@ def _kind(tensor: Tensor | None) -> str:
 
 
 def _classes(names: Any) -> Classes:
-    return np.array([[HeadClass[name.upper()] for name in block] for block in names], dtype=np.int64)
+    return np.array([[HeadClass[str(name).upper()] for name in block] for block in names], dtype=np.int64)
 
 
 def _manifest(folder: str | Path) -> tuple[Path, dict[str, Any]]:
