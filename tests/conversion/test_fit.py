@@ -34,6 +34,14 @@ def test_a_batch_is_a_function_of_its_number_and_an_epoch_sees_everything() -> N
         assert sorted(lengths) == [5, 7, 9, 11, 13]
 
 
+def test_images_are_stacked_without_padding() -> None:
+    images = [torch.full((2, 3, 5), float(number)) for number in range(4)]
+    batch = DistillBatches(sequences=images, batch_size=4, padding_id=0).batch(0)
+    assert set(batch) == {"input_ids"}
+    assert batch["input_ids"].shape == (4, 2, 3, 5)
+    assert sorted(batch["input_ids"][:, 1, 2, 4].tolist()) == [0, 1, 2, 3]
+
+
 def test_a_student_that_is_its_teacher_has_no_loss() -> None:
     teacher, student = dense_encoder(), dense_encoder()
     losses: Any = distillation(teacher, student, Sentence())(student, padded(SEQUENCES, 0))

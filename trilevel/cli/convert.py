@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from trilevel.attention.levels import LevelRatio
-    from trilevel.conversion.convert import Conversion
+    from trilevel.conversion.convert import Conversion, ConvertConfig
+    from trilevel.conversion.profile import Progress
+    from trilevel.conversion.source import Source
 
 EPOCHS = 2
-"""How often distillation sees a piece of text, where there is enough text."""
+"""How often distillation sees a piece of text or an image, where there are enough."""
 
 
 def convert(
@@ -23,6 +27,9 @@ def convert(
     text: Annotated[
         list[Path] | None,
         typer.Option(help="Calibration text: txt, md, rst, html, pdf or jsonl; repeat. Default: built in."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Calibration images for a ViT or DeiT: folder of png, jpg, bmp or webp.")
     ] = None,
     ratio: Annotated[
         str, typer.Option(help="Local:regional:global heads, or auto: what --max-error allows.")
@@ -41,13 +48,12 @@ def convert(
 ) -> None:
     """Give a dense encoder multi-level attention: profile its heads, assign classes, distil, report.
 
-    Minutes on two cores; stopped, the same command goes on. The folder holds the encoder, its tokenizer, `report.json`
-    and `head_map.png`, and loads as a `SentenceTransformer`.
+    Minutes on two cores; stopped, the same command goes on. The folder holds the encoder, its tokenizer or
+    preprocessor, `report.json` and `head_map.png`; one of text loads as a `SentenceTransformer`.
     """
     from trilevel.cli.bench import progress_bar
     from trilevel.conversion.convert import ConvertConfig
     from trilevel.conversion.convert import convert as run
-    from trilevel.conversion.sequences import pieces
     from trilevel.conversion.source import load_source
     from trilevel.errors import ConfigError
 
@@ -65,12 +71,43 @@ def convert(
         max_loss=max_loss,
     )
     pretrained = load_source(source, sha256=sha256)
-    length = min(pretrained.sentence.max_tokens or pretrained.trained_tokens, pretrained.trained_tokens)
-    most = config.num_profiled + config.num_held_out + config.batch_size * math.ceil(steps / EPOCHS)
-    sequences = pieces(pretrained, _texts(text), max_tokens=length, most=most)
+    _check_inputs(pretrained, text, images)
     with progress_bar() as progress:
+        sequences = _sequences(pretrained, text, images, config, progress)
         made = run(pretrained, sequences, config, out=out, progress=progress)
-    _print(made, out)
+    _print(made, out, pretrained)
+
+
+def _check_inputs(source: Source, text: list[Path] | None, images: Path | None) -> None:
+    """Text for encoders of text, images for those of images."""
+    from trilevel.conversion.source import PREPROCESSOR_FILE
+    from trilevel.errors import ConfigError
+
+    reads_images = source.encoder.config.patches is not None
+    if reads_images and text:
+        raise ConfigError(f"{source.name} ({source.family}) reads images, not text: give --images FOLDER, no --text.")
+    if reads_images and images is None:
+        raise ConfigError(f"{source.name} ({source.family}) reads images: --images FOLDER with some is needed.")
+    if not reads_images and images is not None:
+        raise ConfigError(f"{source.name} ({source.family}) reads text, not images: give --text FILE, no --images.")
+    if reads_images and source.preprocessor is None:
+        typer.echo(
+            f"{source.name} has no {PREPROCESSOR_FILE}; images are resized to its image_size and normalised by ViT's "
+            "defaults (bilinear, mean and std 0.5)"
+        )
+
+
+def _sequences(
+    source: Source, text: list[Path] | None, images: Path | None, config: ConvertConfig, progress: Progress
+) -> list[Tensor]:
+    from trilevel.conversion.images import pixels
+    from trilevel.conversion.sequences import pieces
+
+    most = config.num_profiled + config.num_held_out + config.batch_size * math.ceil(config.steps / EPOCHS)
+    if images is not None:
+        return pixels(source, images, least=config.num_held_out + config.batch_size, most=most, progress=progress)
+    length = min(source.sentence.max_tokens or source.trained_tokens, source.trained_tokens)
+    return pieces(source, _texts(text), max_tokens=length, most=most)
 
 
 def _ratio(given: str) -> LevelRatio:
@@ -102,11 +139,14 @@ def _texts(files: list[Path] | None) -> list[str]:
     return texts
 
 
-def _print(made: Conversion, out: Path) -> None:
+def _print(made: Conversion, out: Path, source: Source) -> None:
+    one = "pieces" if source.encoder.config.patches is None else "images"
+    beside = "" if source.tokenizer is None else "tokenizer, "
+    beside = beside if source.preprocessor is None else "preprocessor, "
     counts = ", ".join(f"{count} {name}" for name, count in made.report["heads_of_class"].items() if count)
     typer.echo(f"heads: {counts}")
     typer.echo(
-        f"cosine to the original, {made.after.num_sequences} held-out pieces: {made.before.cosine:.4f} before "
+        f"cosine to the original, {made.after.num_sequences} held-out {one}: {made.before.cosine:.4f} before "
         f"distillation, {made.after.cosine:.4f} after (lowest {made.after.lowest_cosine:.4f})"
     )
     for cost in made.costs:
@@ -114,4 +154,4 @@ def _print(made: Conversion, out: Path) -> None:
             f"{cost.tokens:,} tokens: dense {cost.dense_ms:,.0f} ms, converted {cost.converted_ms:,.0f} ms "
             f"(attention predicted {cost.dense_attention_ms:,.1f} and {cost.attention_ms:,.1f})"
         )
-    typer.echo(f"written to {out}: encoder, tokenizer, report.json, head_map.png")
+    typer.echo(f"written to {out}: encoder, {beside}report.json, head_map.png")

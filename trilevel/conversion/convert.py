@@ -50,7 +50,7 @@ class ConvertConfig:
         trained: which weights distillation trains.
         learning_rate: highest rate; None is 1e-4 for all weights and 1e-3 for few.
         max_loss: refuse to write a model whose vectors are further from the original's: 1 - mean cosine.
-        lengths: tokens at which costs are predicted and measured.
+        lengths: tokens at which costs are predicted and measured; images have one length, their own.
         seed: of the order of batches.
     """
 
@@ -149,7 +149,9 @@ def convert(
 
     scorers = fit_scorers(blocks, dense, profiled, config.levels, progress=progress)
     profile = profile_heads(blocks, dense, profiled, config.levels, scorers, progress=progress)
-    classes = _assigned(profile, config, len(blocks))
+    # an image is never longer or shorter
+    lengths = config.lengths if dense.config.patches is None else (source.trained_tokens,)
+    classes = _assigned(profile, config, len(blocks), lengths)
     scorers = _own_scorers(scorers, blocks, dense, profiled, config.levels, classes, progress)
     encoder = with_classes(dense, classes, config.levels, scorers)
     before = compare(dense, encoder.eval(), held_out, source.sentence)
@@ -157,7 +159,7 @@ def convert(
     if config.steps:
         _distil(source, encoder, rest, config, work, show_progress=show_progress)
     after = compare(dense, encoder.eval(), held_out, source.sentence) if config.steps else before
-    costs = [costs_at(dense, encoder, tokens, progress) for tokens in config.lengths if source.tokenizer is not None]
+    costs = [costs_at(dense, encoder, tokens, progress) for tokens in lengths]
     report = report_of(source, config.levels, classes, profile, before, after, costs, _settings(config))
     if config.max_loss is not None and after.loss > config.max_loss:
         raise QualityError(
@@ -180,10 +182,10 @@ def _blocks(source: Source) -> list[nn.Module]:
     return found
 
 
-def _assigned(profile: HeadProfile, config: ConvertConfig, num_blocks: int) -> Classes:
+def _assigned(profile: HeadProfile, config: ConvertConfig, num_blocks: int, lengths: Sequence[int]) -> Classes:
     if config.max_error is None:
         return assign(profile.error, config.levels.ratio, num_dense_heads=config.num_dense_heads)
-    costs = head_costs(config.levels, tokens=max(config.lengths, default=2_048))
+    costs = head_costs(config.levels, tokens=max(lengths, default=2_048))
     return assign_within(profile.error, costs, bound=config.max_error * num_blocks)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from trilevel.conversion.sentence import Sentence
-from trilevel.conversion.source import Source
+from trilevel.conversion.settings import read_table
+from trilevel.conversion.source import PREPROCESSOR_FILE, Source
 from trilevel.conversion.weights import bare_encoder
 from trilevel.errors import CheckpointError, require
 from trilevel.model.checkpoint import MODEL_FILE, read_tensors, write_tensors
@@ -20,7 +21,7 @@ from trilevel.model.folder import CONFIG_FILE, check_names, checked_file, find_f
 
 TOKENIZER_FILE, MODULES_FILE = "tokenizer.json", "modules.json"
 REPORT_FILE, PICTURE_FILE = "report.json", "head_map.png"
-FILES = {MODEL_FILE, TOKENIZER_FILE, REPORT_FILE, PICTURE_FILE, MODULES_FILE}
+FILES = {MODEL_FILE, TOKENIZER_FILE, REPORT_FILE, PICTURE_FILE, MODULES_FILE, PREPROCESSOR_FILE}
 # how sentence-transformers finds the class that loads the folder
 _MODULE = "trilevel.integrations.sentence_transformers.ConvertedEncoder"
 _MODULES = [{"idx": 0, "name": "0", "path": "", "type": _MODULE}]
@@ -47,7 +48,7 @@ def save_converted(
 
     Args:
         folder: to write.
-        source: what was converted; its tokenizer and settings go along.
+        source: what was converted; its tokenizer or preprocessor and its settings go along.
         encoder: the converted one.
         report: JSON types.
         picture: a PNG of the head map.
@@ -62,6 +63,8 @@ def save_converted(
     if source.tokenizer is not None:
         texts[TOKENIZER_FILE] = source.tokenizer.to_str()
         texts[MODULES_FILE] = json.dumps(_MODULES, indent=1) + "\n"
+    if source.preprocessor is not None:
+        texts[PREPROCESSOR_FILE] = json.dumps(source.preprocessor, indent=2) + "\n"
     files: dict[str, Callable[[Path], None]] = {MODEL_FILE: partial(write_tensors, encoder.state_dict())}
     files |= {name: partial(_write, text.encode()) for name, text in texts.items()}
     if picture is not None:
@@ -104,4 +107,9 @@ def read_converted(folder: str | Path) -> Source:
     if TOKENIZER_FILE in manifest["files"]:
         text = checked_file(path, TOKENIZER_FILE, manifest).read_text(encoding="utf-8")
         tokenizer = require("tokenizers", extra="convert").Tokenizer.from_str(text)
-    return Source(**kept, folder=path, encoder=encoder.eval(), tokenizer=tokenizer, leftovers=())
+    preprocessor = None
+    if PREPROCESSOR_FILE in manifest["files"]:
+        preprocessor = read_table(checked_file(path, PREPROCESSOR_FILE, manifest))
+    return Source(
+        **kept, folder=path, encoder=encoder.eval(), tokenizer=tokenizer, leftovers=(), preprocessor=preprocessor
+    )

@@ -25,10 +25,10 @@ LEVEL_WEIGHTS = ("pool_weight", "scorer.weight", "region_gate.weight")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillBatches:
-    """Batches of token sequences, drawn again in each epoch, a function of the step alone.
+    """Batches of token sequences or images, drawn again in each epoch, a function of the step alone.
 
     Args:
-        sequences: token ids, (tokens,) each.
+        sequences: token ids, (tokens,) each, or images of one size, (channels, height, width) each.
         batch_size: sequences a batch.
         padding_id: of the tokens behind a shorter sequence.
         seed: of the order.
@@ -40,9 +40,11 @@ class DistillBatches:
     seed: int = 0
 
     def batch(self, step: int) -> dict[str, Tensor]:
-        """`input_ids` and `padding_mask`, both (batch, tokens)."""
+        """`input_ids` and `padding_mask`, both (batch, tokens); images are `input_ids` alone."""
         first = step * self.batch_size
         chosen = [self.sequences[self._place(first + turn)] for turn in range(self.batch_size)]
+        if chosen[0].ndim > 1:
+            return {"input_ids": torch.stack(chosen)}
         input_ids, padding_mask = pad(chosen, self.padding_id)
         return {"input_ids": input_ids, "padding_mask": padding_mask}
 
@@ -99,21 +101,21 @@ def distillation(teacher: Encoder, student: Encoder, sentence: Sentence, *, hidd
     """
 
     def objective(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        padding = batch["padding_mask"]
+        padding = batch.get("padding_mask")
         with torch.no_grad(), _outputs(teacher) as wanted:
             goal = pooled(teacher(**batch), padding, sentence)
         with _outputs(student) as given:
             embedding = pooled(model(**batch), padding, sentence)
         cosine = 1 - F.cosine_similarity(embedding.float(), goal.float(), dim=-1).mean()
-        real = ~padding[..., None]
+        real = None if padding is None else ~padding[..., None]
         hidden = torch.stack([_distance(own, other, real) for own, other in zip(given, wanted, strict=True)]).mean()
         return {"loss": cosine + hidden_weight * hidden, "embedding": cosine, "hidden": hidden}
 
     return objective
 
 
-def _distance(given: Tensor, wanted: Tensor, real: Tensor) -> Tensor:
-    given, wanted = (torch.where(real, x.float(), 0) for x in (given, wanted))
+def _distance(given: Tensor, wanted: Tensor, real: Tensor | None) -> Tensor:
+    given, wanted = (x.float() if real is None else torch.where(real, x.float(), 0) for x in (given, wanted))
     return (given - wanted).square().sum() / wanted.square().sum().clamp_min(1e-12)
 
 

@@ -93,9 +93,15 @@ class Costs:
 
 @torch.no_grad()
 def costs_at(original: Encoder, converted: Encoder, tokens: int, progress: Progress) -> Costs:
-    """Predict and measure at one length; ids are all the same token, which costs what any text does."""
+    """Predict and measure at one length; ids are all the same token, which costs what any text does.
+
+    An encoder of images gets an image, whose length `tokens` must be.
+    """
     progress(f"measuring at {tokens:,} tokens", 0.0)
+    patches = original.config.patches
     inputs = torch.ones(1, tokens, dtype=torch.int64)
+    if patches is not None:
+        inputs = torch.zeros(1, patches.num_channels, *patches.image_size)
     seconds: list[list[float]] = [[], []]
     for _ in range(REPEATS + 1):
         for own, encoder in zip(seconds, (original, converted), strict=True):

@@ -16,6 +16,9 @@ from trilevel.conversion.weights import bare_encoder, find_weights, hash_weights
 from trilevel.errors import CheckpointError
 from trilevel.model.encoder import Encoder
 
+PREPROCESSOR_FILE = "preprocessor_config.json"
+"""How the images of a ViT or DeiT are made its input."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
@@ -37,6 +40,7 @@ class Source:
         sentence: how one vector is made of a text.
         sha256: of the weights, see `hash_weights`.
         leftovers: weights that are no part of the encoder and were left out (pooler, heads).
+        preprocessor: its preprocessor_config.json; None for text, or if there is none.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Source:
     sentence: Sentence
     sha256: str
     leftovers: tuple[str, ...]
+    preprocessor: Mapping[str, Any] | None = None
 
 
 def load_source(name_or_path: str | Path, *, sha256: str | None = None) -> Source:
@@ -105,7 +110,13 @@ def load_source(name_or_path: str | Path, *, sha256: str | None = None) -> Sourc
         sentence=sentence if family.inputs == "text" else Sentence(pooling="cls"),
         sha256=found,
         leftovers=leftovers,
+        preprocessor=_preprocessor(inner, family),
     )
+
+
+def _preprocessor(folder: Path, family: Family) -> dict[str, Any] | None:
+    path = folder / PREPROCESSOR_FILE
+    return read_table(path) if family.inputs == "images" and path.is_file() else None
 
 
 def _tokenizer(folder: Path, family: Family, vocab_size: int | None) -> tuple[Any, dict[str, int]]:
