@@ -22,8 +22,8 @@ class Patches:
         num_extra_tokens: learned tokens before the patches: 1 for a class token, 2 with a distillation token.
         order: how the patches stand behind the extra tokens: `rows`, row by row; `hilbert`, along a Hilbert curve, so
             that the windows and regions of `Levels` are compact parts of the image; `tiles`, tile by tile, so that a
-            region of `tile[0] * tile[1]` tokens is one tile. Dense attention without rotary positions gives the same vectors in any
-            order.
+            region of `tile[0] * tile[1]` tokens is one tile. Dense attention without rotary positions does
+            not see the order.
         tile: rows and columns of patches in a tile, which divide the grid; for `tiles` only.
     """
 
