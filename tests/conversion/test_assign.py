@@ -67,6 +67,8 @@ def test_the_error_is_that_of_the_assigned_classes() -> None:
 
 def test_without_error_allowed_every_head_stays_dense() -> None:
     assert (assign_within(drawn(0), (1, 2, 3, 4), bound=0.0) == HeadClass.DENSE).all()
+    # below what the solver takes for zero
+    assert (assign_within(np.full((2, 3, 3), 1e-8), (1, 2, 3, 4), bound=0.0) == HeadClass.DENSE).all()
 
 
 def test_a_bound_above_all_errors_gives_the_cheapest_class() -> None:

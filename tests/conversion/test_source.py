@@ -110,6 +110,12 @@ def test_tokenizer_neither_cuts_nor_pads(folder: Path) -> None:
     assert load_source(folder).tokenizer.encode("w0 w1 w2 w3 w4").ids == [5, 6, 7, 8, 9]
 
 
+def test_a_sentence_model_may_ask_for_lower_case(folder: Path) -> None:
+    assert load_source(folder).tokenizer.encode("W1 w1").ids == [1, 6]
+    write(folder / "sentence_bert_config.json", {"do_lower_case": True})
+    assert load_source(folder).tokenizer.encode("W1 w1").ids == [6, 6]
+
+
 @pytest.mark.parametrize("settings", [{}, {"do_lower_case": False}, {"tokenize_chinese_chars": False}])
 def test_wordpiece_from_a_vocabulary(minilm: Source, settings: dict[str, Any], tmp_path: Path) -> None:
     source = save(make("bert", vocab_size=30_522), tmp_path)

@@ -33,6 +33,15 @@ def load_tokenizer(folder: Path, vocabulary: Literal["wordpiece", "bpe"] | None)
         MissingExtraError: tokenizers is not installed.
     """
     tokenizers = require("tokenizers", extra="convert")
+    tokenizer = _read(tokenizers, folder, vocabulary)
+    if _table(folder / "sentence_bert_config.json").get("do_lower_case") is True:
+        # sentence-transformers puts it in front of what the tokenizer does
+        own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
+        tokenizer.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Lowercase(), *own])
+    return tokenizer
+
+
+def _read(tokenizers: Any, folder: Path, vocabulary: Literal["wordpiece", "bpe"] | None) -> Any:
     if (folder / "tokenizer.json").is_file():
         path = folder / "tokenizer.json"
         try:
@@ -59,12 +68,11 @@ def special_tokens(folder: Path, tokenizer: Any) -> dict[str, int]:
     """Ids of the special tokens that the model's files or `SPECIAL_TOKENS` name and the tokenizer knows."""
     named: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            named |= {
-                key: value["content"] if isinstance(value, Mapping) and "content" in value else value
-                for key, value in read_table(folder / name).items()
-                if key.endswith("_token")
-            }
+        named |= {
+            key: value["content"] if isinstance(value, Mapping) and "content" in value else value
+            for key, value in _table(folder / name).items()
+            if key.endswith("_token")
+        }
     found: dict[str, int] = {}
     for key in [*SPECIAL_TOKENS, "bos_token", "eos_token"]:
         names = (named[key],) if isinstance(named.get(key), str) else SPECIAL_TOKENS.get(key, ())
@@ -74,8 +82,7 @@ def special_tokens(folder: Path, tokenizer: Any) -> dict[str, int]:
     return found
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
+def _table(path: Path) -> dict[str, Any]:
     return read_table(path) if path.is_file() else {}
 
 
@@ -93,7 +100,7 @@ def _wordpiece(tokenizers: Any, folder: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read ({error}). Download the model again.") from error
     vocabulary = {line.rstrip("\r"): index for index, line in enumerate(lines) if line.rstrip("\r")}
     _check(vocabulary, _WORDPIECE, path)
-    settings = _settings(folder)
+    settings = _table(folder / "tokenizer_config.json")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token=_WORDPIECE[2]))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(
         clean_text=True,
@@ -113,7 +120,7 @@ def _wordpiece(tokenizers: Any, folder: Path) -> Any:
 def _bpe(tokenizers: Any, folder: Path) -> Any:
     vocabulary = read_table(folder / "vocab.json")
     _check(vocabulary, _BPE, folder / "vocab.json")
-    settings = _settings(folder)
+    settings = _table(folder / "tokenizer_config.json")
     has_space = bool(settings.get("add_prefix_space", False))
     try:
         model = tokenizers.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
