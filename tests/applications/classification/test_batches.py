@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import torch
 
 from tests.applications.classification.tiny import NAMES, make_tokenizer
@@ -48,8 +50,12 @@ def test_text_behind_very_many_characters_is_read() -> None:
 
 
 def test_texts_of_megabytes_are_cut_before_they_are_tokenised() -> None:
-    found, num_cut = encode(make_tokenizer(), ["w1 " * 1_000_000], max_tokens=11)
+    tokenizer = Mock(wraps=make_tokenizer())
+    found, num_cut = encode(tokenizer, ["w1 " * 1_000_000], max_tokens=11)
     assert (len(found[0]), num_cut) == (11, 1)
+    (given,) = tokenizer.encode_batch.call_args.args
+    assert len(given[0]) < 1_000
+    tokenizer.encode.assert_not_called()
 
 
 def test_an_epoch_holds_every_row_once_with_its_label() -> None:
