@@ -23,7 +23,7 @@ from trilevel.conversion.multilevel import with_classes
 from trilevel.conversion.sentence import Sentence
 from trilevel.conversion.sequences import cut
 from trilevel.conversion.source import Source, load_source
-from trilevel.errors import CheckpointError, InputError
+from trilevel.errors import CheckpointError, ConfigError, InputError
 
 MEAN = Sentence()
 LEVELS = Levels(window=7, region_size=5, num_global_tokens=3)
@@ -126,6 +126,16 @@ def test_bfloat16_is_close_and_leaves_the_encoder_as_it_is(source: Source) -> No
     assert torch.equal(embedder.embed(TEXTS), exact)
 
 
+def test_an_encoder_that_is_trained_on_is_rounded_again(tmp_path: Path) -> None:
+    embedder = Embedder(converted_source(tmp_path))
+    first = embedder.embed(TEXTS, dtype=torch.bfloat16)
+    assert embedder._encoder(torch.bfloat16) is embedder._encoder(torch.bfloat16)
+    with torch.no_grad():
+        dict(embedder.source.encoder.named_parameters())["stack.blocks.2.ffn_norm.bias"].add_(1.0)
+    again = embedder.embed(TEXTS, dtype=torch.bfloat16)
+    torch.testing.assert_close(again, first + 1.0, atol=0.05, rtol=0.05)
+
+
 # limits
 
 
@@ -176,6 +186,8 @@ def test_a_cut_keeps_both_ends(ids: list[int], most: int) -> None:
 
 def test_load_reads_converted_folders_and_pretrained_ones(source: Source, tmp_path: Path) -> None:
     save_converted(tmp_path / "converted", source, source.encoder, {})
+    with pytest.raises(ConfigError, match="is a converted encoder already"):
+        load_source(tmp_path / "converted")
     wanted = Embedder(source).embed(TEXTS)
     assert torch.equal(Embedder.load(tmp_path / "converted").embed(TEXTS), wanted)
     save(make("bert"), tmp_path / "bert")
@@ -242,6 +254,8 @@ def test_limits_are_named(source: Source) -> None:
     assert Embedder(limited).embed(TEXTS, max_tokens=50).isfinite().all()
     with pytest.raises(InputError, match="max_tokens=2 leaves no room for text beside 2 special tokens; give 3 or"):
         Embedder(source).embed(TEXTS, max_tokens=2)
+    with pytest.raises(InputError, match=r"dtype=torch\.int8 has no fractions"):
+        Embedder(source).embed(TEXTS, dtype=torch.int8)
     with pytest.raises(InputError, match="batch_tokens=0 must be >= 1"):
         Embedder(source).embed(TEXTS, batch_tokens=0)
 

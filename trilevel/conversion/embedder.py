@@ -22,6 +22,8 @@ BATCH_TOKENS = 16_384
 
 _TOKENIZED_AT_ONCE = 64
 Progress = Callable[[str, float], None]
+State = list[tuple[int, int]]
+"""Where each weight lies, and how often it was written."""
 
 
 class Embedder:
@@ -41,7 +43,7 @@ class Embedder:
     def __init__(self, source: Source) -> None:
         check_text(source)
         self.source = source
-        self._encoders: dict[torch.dtype, Encoder] = {}
+        self._encoders: dict[torch.dtype, tuple[State, Encoder]] = {}
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Embedder:
@@ -118,10 +120,12 @@ class Embedder:
         """As `embed`, from ids that have their special tokens, each (tokens,).
 
         Raises:
-            InputError: `batch_tokens` is below 1, or a row is longer than the encoder reads.
+            InputError: `batch_tokens` is below 1, `dtype` is of integers, or a row is longer than the encoder reads.
         """
         if batch_tokens < 1:
             raise InputError(f"batch_tokens={batch_tokens} must be >= 1.")
+        if not dtype.is_floating_point:
+            raise InputError(f"dtype={dtype} has no fractions; use torch.float32 or torch.bfloat16.")
         self.check_lengths(rows)
         encoder = self._encoder(dtype)
         out = torch.zeros(len(rows), self.dim)
@@ -151,13 +155,16 @@ class Embedder:
                 )
 
     def _encoder(self, dtype: torch.dtype) -> Encoder:
-        """The encoder in some precision, kept for the next call."""
+        """The encoder in some precision, kept for the next call as long as its weights are as they were."""
         encoder = self.source.encoder
         if next(encoder.parameters()).dtype == dtype:
             return encoder
-        if dtype not in self._encoders:
-            self._encoders[dtype] = copy.deepcopy(encoder).to(dtype)
-        return self._encoders[dtype]
+        state = [(weight.data_ptr(), weight._version) for weight in encoder.parameters()]
+        kept, own = self._encoders.get(dtype, (None, encoder))
+        if kept != state:
+            own = copy.deepcopy(encoder).to(dtype)
+            self._encoders[dtype] = state, own
+        return own
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -52,6 +52,8 @@ def read_sentence(folder: Path) -> Sentence:
     if outside:
         raise CheckpointError(f"{path} names {outside[0]!r}, which is outside the folder; it is not read.")
     kinds = [str(module.get("type")).rpartition(".")[2] for module in modules]
+    if "ConvertedEncoder" in kinds:
+        raise ConfigError(f"{folder} is a converted encoder already. Name the pretrained one that it was made from.")
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise ConfigError(
             f"{path} has the modules {', '.join(kinds)}; Transformer, Pooling and optionally Normalize are supported. "
