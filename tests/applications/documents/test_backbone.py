@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -297,6 +299,35 @@ def test_the_pretrained_encoder_is_gone_or_another(
     shutil.rmtree(run / "encoder")
     with pytest.raises(CheckpointError, match="no delta"):
         load_run(run)
+
+
+def test_a_kept_encoder_is_made_by_many_at_once_and_again_when_damaged(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRILEVEL_CACHE", str(tmp_path / "cache"))
+    delta = save_delta_of(tmp_path / "delta", load_encoder(folder))
+    together = threading.Barrier(4)
+
+    def made() -> Source:
+        together.wait()
+        return load_pretrained(delta)
+
+    with ThreadPoolExecutor(4) as threads:
+        found = [future.result() for future in [threads.submit(made) for _ in range(4)]]
+    (kept,) = (tmp_path / "cache" / "encoders").iterdir()
+    wanted = found[0].encoder.state_dict()
+    for name in ("config.json", "tokenizer.json"):
+        for file in kept.iterdir():
+            if file.name != "model.safetensors":
+                file.write_text("") if file.name == name else file.unlink()
+        told: list[str] = []
+        again = load_pretrained(delta, told.append).encoder.state_dict()
+        assert "is damaged and made again" in told[0]
+        assert all(torch.equal(wanted[weight], again[weight]) for weight in wanted)
+    monkeypatch.setenv("TRILEVEL_CACHE", str(tmp_path / "other"))
+    (cache_dir() / "encoders").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        load_pretrained(delta)
 
 
 def test_commands(

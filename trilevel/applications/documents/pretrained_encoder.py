@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from trilevel.applications.documents.data import cache_dir
-from trilevel.conversion.converted import is_converted, read_converted, save_converted
+from trilevel.conversion.converted import read_converted, save_converted
 from trilevel.conversion.delta import apply_delta, read_delta
 from trilevel.conversion.locate import PACKAGED
 from trilevel.conversion.source import Source, load_source
@@ -25,19 +28,29 @@ def load_pretrained(folder: str | Path, tell: Tell = lambda _message: None) -> S
 
     Raises:
         CheckpointError: the pretrained encoder is not on this machine and cannot be fetched, or has other weights than
-            the delta was made from, or the delta is damaged.
+            the delta was made from, or the delta is damaged, or the cache cannot be written.
     """
     delta = read_delta(folder)
     # the configuration has the hash of the tensors, so its own hash stands for the whole delta
     kept = cache_dir() / "encoders" / sha256_of(delta.folder / CONFIG_FILE)[:32]
-    if is_converted(kept):
+    if kept.exists():
         try:
             return read_converted(kept)
         except CheckpointError:
             tell(f"{kept} is damaged and made again")
+            shutil.rmtree(kept, ignore_errors=True)
     tell(f"making the encoder of {delta.source}, once; it is kept in {kept}")
     source = _source(delta.source, delta.sha256)
-    save_converted(kept, source, apply_delta(folder, source), {"made_from_delta": str(folder)})
+    encoder = apply_delta(folder, source)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as own:
+            whole = save_converted(Path(own) / "whole", source, encoder, {"made_from_delta": str(folder)})
+            # another process may have been faster; a folder with files in it is not replaced
+            with suppress(OSError):
+                whole.rename(kept)
+    except OSError as error:
+        raise CheckpointError(f"{kept} cannot be written ({error}). Set TRILEVEL_CACHE to another folder.") from error
     return read_converted(kept)
 
 
