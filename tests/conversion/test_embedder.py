@@ -213,9 +213,14 @@ def test_a_damaged_converted_folder_says_so_and_can_be_written_again(source: Sou
     config.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"describes no converted encoder \('family'\)"):
         Embedder.load(folder)
+    values["config"]["converted"] |= {"family": "bert", "sentence": {"pooling": "max"}}
+    config.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="pooling='max' is neither"):
+        Embedder.load(folder)
+    values["config"]["converted"]["sentence"] = {}
     values["config"]["encoder"]["dim"] = 3 * 10**18
     config.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match="describes no converted encoder"):
+    with pytest.raises(CheckpointError, match="sizes that no model has"):
         Embedder.load(folder)
     config.write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):

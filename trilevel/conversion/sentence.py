@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trilevel.conversion.settings import read_json, read_table
 from trilevel.errors import CheckpointError, ConfigError
@@ -31,6 +31,11 @@ class Sentence:
     normalize: bool = False
     max_tokens: int | None = None
     folder: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse a pooling that would be taken for the mean."""
+        if self.pooling not in get_args(Pooling):
+            raise ConfigError(f"Sentence: pooling={self.pooling!r} is neither 'mean' nor 'cls'.")
 
 
 def read_sentence(folder: Path) -> Sentence:
