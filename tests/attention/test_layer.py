@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.attention.cases import BASE, STRICT
 from tests.attention.oracle import oracle
+from trilevel.attention.cost import attention_cost
 from trilevel.attention.layer import MultiLevelAttention
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.errors import ConfigError
@@ -54,6 +55,28 @@ def test_layer_is_the_function_between_its_projections(is_causal: bool) -> None:
     wanted = layer.out_proj(attended.transpose(1, 2).reshape(2, TOKENS, DIM))
     out = layer(x, padding_mask=padding, global_prior=prior, global_forced=forced)
     torch.testing.assert_close(out, wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_heads_may_be_of_another_width() -> None:
+    layer, x = make(BASE, head_dim=11), tokens()
+    assert layer.in_proj.weight.shape == (12 * 11, DIM)
+    assert layer.out_proj.weight.shape == (DIM, 6 * 11)
+    q, k, v = layer.in_proj(x).view(2, TOKENS, 12, 11).transpose(1, 2).split([6, 3, 3], 1)
+    score = layer.scorer(x).squeeze(-1)
+    attended, _ = oracle(q, k, v, levels=BASE, pool_weight=layer.pool_weight, global_score=score)
+    wanted = layer.out_proj(attended.transpose(1, 2).reshape(2, TOKENS, 66))
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-11, atol=1e-11)
+    # attention's own share and the three projections
+    scored, read = 2 * 38 * DIM, 2 * 38 * DIM * 18 * 11
+    attention = attention_cost(BASE, batch=2, num_heads=6, num_kv_heads=3, tokens=19, head_dim=11, bytes_per_value=8)
+    assert layer.cost(2, 19).flops == attention.flops + read + scored
+
+
+def test_wrong_head_widths_are_named() -> None:
+    with pytest.raises(ConfigError, match="head_dim=0 must be >= 1; None takes embed_dim // num_heads"):
+        make(BASE, head_dim=0)
+    with pytest.raises(ConfigError, match="even head size, got 11"):
+        make(BASE, head_dim=11, rope_theta=10.0)
 
 
 def test_strict_layer_learns_a_gate() -> None:

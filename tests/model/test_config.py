@@ -9,7 +9,7 @@ import pytest
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.errors import ConfigError
 from trilevel.model import presets
-from trilevel.model.config import EncoderConfig, LayerLevels
+from trilevel.model.config import EncoderConfig, LayerLevels, head_width, uniform_heads
 from trilevel.model.encoder import Encoder
 from trilevel.model.focus import Focus
 from trilevel.model.patches import Patches
@@ -27,8 +27,10 @@ def test_config_survives_json(levels: LayerLevels, focus: Focus | None) -> None:
 
 # every field away from its default, so that one which is lost on the way shows
 ALL_CHANGED: dict[str, Any] = {
-    "num_kv_heads": 2,
-    "ffn_dim": 31,
+    "num_kv_heads": (2, 4, 1),
+    "head_dim": 10,
+    "num_dense_heads": (2, 0, 4),
+    "ffn_dim": (31, 29, 37),
     "rope_theta": (3.0, None, 7.0),
     "dropout": 0.3,
     "norm_eps": 0.1,
@@ -46,7 +48,7 @@ ALL_CHANGED: dict[str, Any] = {
     "num_token_types": 5,
     "has_embedding_norm": True,
 }
-TOKENS = EncoderConfig(**SIZES, levels=LEVELS, **ALL_CHANGED)
+TOKENS = EncoderConfig(**(SIZES | {"num_heads": (8, 4, 5)}), levels=LEVELS, **ALL_CHANGED)
 IMAGES = EncoderConfig(
     **(SIZES | {"vocab_size": None}),
     levels=None,
@@ -65,7 +67,7 @@ def test_every_field_is_in_one_of_these() -> None:
     fields = {field.name for field in dataclasses.fields(EncoderConfig)}
     changed = {name for name in fields for c in (TOKENS, IMAGES) if getattr(c, name) != getattr(plain, name)}
     # sizes, and what has a test of its own
-    assert fields - changed <= {"dim", "num_heads", "num_layers", "focus", "num_dense_heads"}
+    assert fields - changed <= {"dim", "num_layers", "focus"}
 
 
 def test_configuration_of_an_older_version_is_the_same_encoder() -> None:
@@ -90,6 +92,11 @@ def test_configuration_of_an_older_version_is_the_same_encoder() -> None:
     assert set(Encoder(config).state_dict()) == wanted
 
 
+def test_an_older_version_reads_what_it_knows() -> None:
+    assert "head_dim" not in EncoderConfig(**SIZES, levels=None).to_dict()
+    assert EncoderConfig(**SIZES, levels=None, head_dim=5).to_dict()["head_dim"] == 5
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
@@ -103,6 +110,14 @@ def test_configuration_of_an_older_version_is_the_same_encoder() -> None:
         ({"dim": 25}, "dim=25 is no multiple of num_heads=4"),
         ({"dim": "wide"}, "EncoderConfig: a value has the wrong type"),
         ({"num_kv_heads": 3}, "num_heads=4 is no multiple of num_kv_heads=3"),
+        ({"num_heads": [4, 2, 4]}, r"num_heads=\(4, 2, 4\) differs from block to block, so that dim=24 does not say"),
+        ({"num_heads": [4, 2]}, "num_heads has 2 entries and the model 3 blocks"),
+        ({"num_heads": [4, 0, 4], "head_dim": 6}, "num_heads=0 must be >= 1"),
+        ({"num_heads": [4, 3, 4], "head_dim": 6, "num_kv_heads": 2}, "num_heads=3 is no multiple of num_kv_heads=2"),
+        ({"num_kv_heads": [4, 4]}, "num_kv_heads has 2 entries"),
+        ({"head_dim": 0}, "head_dim=0 must be >= 1"),
+        ({"ffn_dim": [5, 0, 7]}, "ffn_dim=0 must be >= 1"),
+        ({"ffn_dim": [5, 7]}, "ffn_dim has 2 entries"),
         ({"num_layers": 0}, "num_layers=0 must be >= 1"),
         ({"ffn_dim": 0}, "ffn_dim=0 must be >= 1"),
         ({"vocab_size": 0}, "vocab_size=0 must be >= 1"),
@@ -136,6 +151,17 @@ def test_wrong_values_are_named(change: dict[str, Any], match: str) -> None:
     values = EncoderConfig(**SIZES, levels=None).to_dict() | change
     with pytest.raises(ConfigError, match=match):
         EncoderConfig.from_dict(values)
+
+
+def test_heads_of_pruned_encoders_are_counted() -> None:
+    even = EncoderConfig(**SIZES, levels=None)
+    assert (uniform_heads(even), head_width(even)) == (4, 6)
+    same = dataclasses.replace(even, num_heads=(2, 2, 2), head_dim=7)
+    assert (uniform_heads(same), head_width(same)) == (2, 7)
+    pruned = dataclasses.replace(even, num_heads=(2, 1, 3), head_dim=7)
+    assert head_width(pruned) == 7
+    with pytest.raises(ConfigError, match=r"num_heads=\(2, 1, 3\) differs from block to block and as many in each are"):
+        uniform_heads(pruned)
 
 
 def test_missing_key_is_named() -> None:

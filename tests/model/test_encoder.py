@@ -108,6 +108,17 @@ def test_gated_encoder_without_biases_is_the_formula() -> None:
     torch.testing.assert_close(model(ids), model.stack.final_norm(x), rtol=1e-4, atol=1e-5)
 
 
+def test_blocks_have_sizes_of_their_own() -> None:
+    model = encoder(num_heads=(4, 8, 6), num_kv_heads=(4, 4, 3), head_dim=10, ffn_dim=(7, 11, 13))
+    for index, (heads, kv_heads, width) in enumerate(((4, 4, 7), (8, 4, 11), (6, 3, 13))):
+        part = model.stack.blocks[index]
+        assert isinstance(part, block.Block)
+        assert part.attention.in_proj.weight.shape == (10 * (heads + 2 * kv_heads), DIM)
+        assert part.attention.out_proj.weight.shape == (DIM, 10 * heads)
+        assert part.ffn.up.weight.shape == (width, DIM)
+    assert model(tokens()).shape == (BATCH, TOKENS, DIM)
+
+
 def test_each_block_has_its_own_rotary_base() -> None:
     thetas = (3.0, None, 700.0)
     model = encoder(None, rope_theta=thetas)

@@ -49,6 +49,8 @@ class MultiLevelAttention(nn.Module):
     Args:
         embed_dim: features of a token.
         num_heads: query heads; they stand in the order local, regional, global.
+        head_dim: features of a head, default embed_dim // num_heads; given, num_heads * head_dim may differ from
+            embed_dim, as in a pruned layer.
         levels: the levels, or None for dense attention.
         num_kv_heads: key and value heads (grouped queries), default num_heads.
         bias: biases in the projections.
@@ -71,6 +73,7 @@ class MultiLevelAttention(nn.Module):
         self,
         embed_dim: int,
         num_heads: int,
+        head_dim: int | None = None,
         *,
         levels: Levels | None,
         num_kv_heads: int | None = None,
@@ -84,13 +87,15 @@ class MultiLevelAttention(nn.Module):
     ) -> None:
         super().__init__()
         kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if num_heads < 1 or embed_dim % num_heads or kv_heads < 1 or num_heads % kv_heads:
+        if num_heads < 1 or (head_dim is None and embed_dim % num_heads) or kv_heads < 1 or num_heads % kv_heads:
             raise ConfigError(
-                f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads}, "
+                f"embed_dim={embed_dim} must be a multiple of num_heads={num_heads} or head_dim be given, "
                 f"and num_heads one of num_kv_heads={kv_heads}."
             )
+        if head_dim is not None and head_dim < 1:
+            raise ConfigError(f"head_dim={head_dim} must be >= 1; None takes embed_dim // num_heads.")
         self.embed_dim, self.num_heads, self.num_kv_heads = embed_dim, num_heads, kv_heads
-        self.head_dim = embed_dim // num_heads
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
         if rope_theta is not None and self.head_dim % 2:
             raise ConfigError(f"rotary positions need an even head size, got {self.head_dim}.")
         if num_dense_heads and (levels is None or not 0 < num_dense_heads < num_heads):
@@ -105,7 +110,7 @@ class MultiLevelAttention(nn.Module):
         self.in_proj = nn.Linear(
             embed_dim, (num_heads + 2 * kv_heads) * self.head_dim, bias=bias, device=device, dtype=dtype
         )
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(num_heads * self.head_dim, embed_dim, bias=bias, device=device, dtype=dtype)
         self.head_split = HeadSplit(0, 0, 0)
         if levels is not None:
             groups = kv_heads - num_dense_heads * kv_heads // num_heads
@@ -396,7 +401,8 @@ class MultiLevelAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes and levels."""
-        return f"{self.embed_dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, levels={self.levels}"
+        sizes = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
+        return f"{self.embed_dim}, {sizes}, levels={self.levels}"
 
 
 def _reads_fused(x: Tensor, impl: Impl) -> bool:

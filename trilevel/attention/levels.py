@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -65,20 +66,25 @@ class LevelRatio:
                 f"{self} has {wanted} non-zero shares and needs as many KV groups, got {groups}. "
                 "Use more heads or set a share to 0."
             )
-        return HeadSplit(*self._largest_remainder(groups)).scaled(num_heads // groups)
+        return HeadSplit(*largest_remainder(self.shares, groups)).scaled(num_heads // groups)
 
-    def _largest_remainder(self, seats: int) -> list[int]:
-        shares, total = self.shares, sum(self.shares)
-        counts = [int(share * seats // total) for share in shares]
-        # seats * share - count * total is exact for whole shares, so equal remainders really tie
-        missing = [counts[c] * total - seats * shares[c] for c in range(3)]
-        for index in sorted(range(3), key=missing.__getitem__)[: seats - sum(counts)]:
+
+def largest_remainder(shares: Sequence[float], seats: int) -> list[int]:
+    """Share `seats` out in proportion to `shares`, one at least for every non-zero share; ties go to the earlier one.
+
+    There must be a seat for every non-zero share. Whole shares that sum to more than `seats` are never exceeded.
+    """
+    total, places = sum(shares), range(len(shares))
+    counts = [int(share * seats // total) for share in shares]
+    # seats * share - count * total is exact for whole shares, so equal remainders really tie
+    missing = [counts[c] * total - seats * shares[c] for c in places]
+    for index in sorted(places, key=missing.__getitem__)[: seats - sum(counts)]:
+        counts[index] += 1
+    for index in places:
+        if shares[index] > 0 and counts[index] == 0:
+            counts[counts.index(max(counts))] -= 1
             counts[index] += 1
-        for index in range(3):
-            if shares[index] > 0 and counts[index] == 0:
-                counts[counts.index(max(counts))] -= 1
-                counts[index] += 1
-        return counts
+    return counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

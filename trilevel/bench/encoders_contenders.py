@@ -24,6 +24,7 @@ from trilevel.conversion.load import load_encoder
 from trilevel.conversion.multilevel import with_classes
 from trilevel.conversion.source import Source, load_source
 from trilevel.errors import InputError, require
+from trilevel.model.config import uniform_heads
 from trilevel.model.encoder import Encoder
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -202,7 +203,7 @@ def forget() -> None:
 def _unprofiled(dense: Encoder) -> Encoder:
     """The first heads local, the next regional, the last global: speed does not depend on which."""
     config = dense.config
-    split = RATIO.split(config.num_heads)
+    split = RATIO.split(uniform_heads(config))
     row = [HeadClass.LOCAL] * split.local + [HeadClass.REGIONAL] * split.regional + [HeadClass.GLOBAL] * split.global_
     generator = torch.Generator().manual_seed(0)
     scorers = [torch.randn(config.dim, generator=generator) for _ in range(config.num_layers)]

@@ -25,7 +25,7 @@ from trilevel.conversion.settings import read_table
 from trilevel.conversion.source import Source, load_source
 from trilevel.errors import CheckpointError, ConfigError, ShapeError
 from trilevel.model.checkpoint import read_tensors, write_tensors
-from trilevel.model.config import EncoderConfig, layer_counts, layer_levels
+from trilevel.model.config import EncoderConfig, layer_counts, layer_levels, uniform_heads
 from trilevel.model.encoder import Encoder
 from trilevel.model.folder import CONFIG_FILE, check_names, find_folder, read_manifest, write_folder
 
@@ -95,7 +95,7 @@ def save_delta_of(folder: str | Path, encoder: Source) -> Path:
     """
     if not is_converted(encoder.folder):
         blocks = len(convertible(encoder.encoder))
-        classes = np.full((blocks, encoder.encoder.config.num_heads), int(HeadClass.DENSE))
+        classes = np.full((blocks, uniform_heads(encoder.encoder.config)), int(HeadClass.DENSE))
         return save_delta(folder, encoder, encoder.encoder, classes)
     source = load_source(encoder.name, sha256=encoder.sha256)
     report = encoder.folder / REPORT_FILE
@@ -167,10 +167,11 @@ def apply_delta(folder: str | Path, source: Source) -> Encoder:
 def _base(source: Source, config: EncoderConfig, classes: Classes) -> Encoder:
     """The source under these classes, before anything is trained: pooling is the plain mean, scorers are zero."""
     dense, blocks = source.encoder, convertible(source.encoder)
-    if classes.shape != (len(blocks), dense.config.num_heads):
+    heads = uniform_heads(dense.config)
+    if classes.shape != (len(blocks), heads):
         raise ConfigError(
             f"classes of shape {classes.shape} do not fit {source.name}, which has {len(blocks)} blocks to convert "
-            f"with {dense.config.num_heads} heads."
+            f"with {heads} heads."
         )
     own = layer_levels(config.levels, config.num_layers)
     sizes = next((levels for index in blocks if (levels := own[index]) is not None), Levels())
@@ -185,7 +186,7 @@ def _written_out(config: EncoderConfig) -> EncoderConfig:
     return replace(
         config,
         levels=layer_levels(config.levels, config.num_layers),
-        num_dense_heads=layer_counts(config.num_dense_heads, config.num_layers),
+        num_dense_heads=layer_counts(config.num_dense_heads, config.num_layers, "num_dense_heads"),
     )
 
 

@@ -19,7 +19,7 @@ from trilevel.attention.api import multi_level_attention
 from trilevel.attention.layer import MultiLevelAttention
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.conversion.assign import Array
-from trilevel.errors import InputError
+from trilevel.errors import ConfigError, InputError
 
 ALONE = (LevelRatio(1, 0, 0), LevelRatio(0, 1, 0), LevelRatio(0, 0, 1))
 """All heads local, all regional, all global."""
@@ -118,9 +118,10 @@ def profile_heads(
 
     Raises:
         InputError: too few sequences.
+        ConfigError: the blocks differ in their heads.
     """
     _check_sequences(sequences)
-    layers, heads = len(blocks), _attention(blocks[0]).num_heads
+    layers, heads = len(blocks), _num_heads(blocks)
     error, stream = torch.zeros(layers, heads, 3, dtype=torch.float64), torch.zeros(layers, dtype=torch.float64)
     mass = torch.zeros(layers, heads, 3, dtype=torch.float64)
     entropy = torch.zeros(layers, heads, dtype=torch.float64)
@@ -206,6 +207,15 @@ def _attention(block: nn.Module) -> MultiLevelAttention:
     attention = block.attention
     assert isinstance(attention, MultiLevelAttention)
     return attention
+
+
+def _num_heads(blocks: Sequence[nn.Module]) -> int:
+    counts = [_attention(block).num_heads for block in blocks]
+    if len(set(counts)) > 1:
+        raise ConfigError(
+            f"the blocks have {counts} heads and as many in each are needed; convert before pruning, and prune last."
+        )
+    return counts[0]
 
 
 def _dense_weights(layer: MultiLevelAttention, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,7 @@ class Block(nn.Module):
         num_heads: attention heads.
         levels: what the heads see; None is dense attention with the same shared parameters.
         num_kv_heads: key and value heads; default `num_heads`.
+        head_dim: width of a head; default `dim // num_heads`.
         num_dense_heads: heads that see everything beside those with levels.
         ffn_dim: width inside the feed-forward part; default `4 * dim`.
         rope_theta: base of the rotary positions, None for none.
@@ -47,6 +48,7 @@ class Block(nn.Module):
         *,
         levels: Levels | None,
         num_kv_heads: int | None = None,
+        head_dim: int | None = None,
         num_dense_heads: int = 0,
         ffn_dim: int | None = None,
         rope_theta: float | None = None,
@@ -66,6 +68,7 @@ class Block(nn.Module):
         self.attention = MultiLevelAttention(
             dim,
             num_heads,
+            head_dim,
             levels=levels,
             num_kv_heads=num_kv_heads,
             num_dense_heads=num_dense_heads,

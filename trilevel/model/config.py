@@ -28,14 +28,18 @@ class EncoderConfig:
 
     Args:
         vocab_size: tokens in the vocabulary; None for an encoder of images (`patches`).
-        dim: width of the residual stream, a multiple of `num_heads`.
-        num_heads: attention heads in each block.
+        dim: width of the residual stream, a multiple of `num_heads` unless `head_dim` is given.
+        num_heads: attention heads, as many in every block or a tuple with one entry for each (a pruned encoder).
         num_layers: blocks.
         levels: what the heads see: one `Levels` for every block, a tuple with one for each, None for dense attention.
-        num_kv_heads: key and value heads (GQA); default `num_heads`.
+        num_kv_heads: key and value heads (GQA), the same in every block or a tuple with one entry for each; default
+            `num_heads`.
+        head_dim: width of a head; default `dim // num_heads`. It is needed if blocks differ in their heads, and lets
+            `num_heads * head_dim` differ from `dim`.
         num_dense_heads: heads that see everything beside those with levels, the same in every block or a tuple with
             one for each.
-        ffn_dim: width inside the feed-forward part; default `4 * dim`.
+        ffn_dim: width inside the feed-forward part, the same in every block or a tuple with one entry for each; default
+            `4 * dim`.
         rope_theta: base of the rotary positions, one for every block or a tuple with one for each; None for none.
         dropout: after the embedding and after both parts of a block.
         norm_eps: epsilon of the layer norms.
@@ -61,12 +65,13 @@ class EncoderConfig:
 
     vocab_size: int | None
     dim: int
-    num_heads: int
+    num_heads: LayerCounts
     num_layers: int
     levels: LayerLevels
-    num_kv_heads: int | None = None
+    num_kv_heads: LayerCounts | None = None
+    head_dim: int | None = None
     num_dense_heads: LayerCounts = 0
-    ffn_dim: int | None = None
+    ffn_dim: LayerCounts | None = None
     rope_theta: LayerThetas = 10_000.0
     dropout: float = 0.0
     norm_eps: float = 1e-5
@@ -98,6 +103,7 @@ class EncoderConfig:
             dim=self.dim,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
             num_layers=self.num_layers,
             ffn_dim=self.ffn_dim,
             rope_theta=self.rope_theta,
@@ -109,7 +115,7 @@ class EncoderConfig:
             has_first_norm=self.has_first_norm,
         )
         layer_levels(self.levels, self.num_layers)
-        layer_counts(self.num_dense_heads, self.num_layers)
+        layer_counts(self.num_dense_heads, self.num_layers, "num_dense_heads")
 
     def _check_input(self) -> None:
         if (self.vocab_size is None) == (self.patches is None):
@@ -130,7 +136,9 @@ class EncoderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON types; `from_dict` gives an equal one back."""
-        return {field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        values = {field.name: _to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        # left out where older versions need not know it, so that they read the rest
+        return {name: value for name, value in values.items() if name != "head_dim" or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> EncoderConfig:
@@ -146,7 +154,7 @@ class EncoderConfig:
             values["focus"] = from_mapping(Focus, values["focus"])
         if values.get("patches") is not None:
             values["patches"] = from_mapping(Patches, values["patches"])
-        for name in ("rope_theta", "num_dense_heads"):
+        for name in ("rope_theta", "num_heads", "num_kv_heads", "num_dense_heads", "ffn_dim"):
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         return from_mapping(cls, values)
@@ -155,10 +163,10 @@ class EncoderConfig:
 def check_blocks(
     *,
     dim: int,
-    num_heads: int,
-    num_kv_heads: int | None,
+    num_heads: LayerCounts,
+    num_kv_heads: LayerCounts | None,
     num_layers: int,
-    ffn_dim: int | None,
+    ffn_dim: LayerCounts | None,
     rope_theta: LayerThetas,
     dropout: float,
     focus: Focus | None,
@@ -166,18 +174,24 @@ def check_blocks(
     activation: str = "gelu",
     norm_first: bool = True,
     has_first_norm: bool = True,
+    head_dim: int | None = None,
 ) -> None:
     """Raise `ConfigError` if blocks of these sizes cannot be built."""
-    sizes = {"dim": dim, "num_heads": num_heads, "num_layers": num_layers}
-    sizes |= {"num_kv_heads": num_heads if num_kv_heads is None else num_kv_heads}
-    sizes |= {"ffn_dim": 4 * dim if ffn_dim is None else ffn_dim}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ConfigError(f"{name}={size} must be >= 1.")
-    if dim % num_heads:
-        raise ConfigError(f"dim={dim} is no multiple of num_heads={num_heads}; heads share the width evenly.")
-    if num_heads % sizes["num_kv_heads"]:
-        raise ConfigError(f"num_heads={num_heads} is no multiple of num_kv_heads={num_kv_heads}.")
+    _check_at_least_one(dim=dim, num_layers=num_layers, head_dim=head_dim)
+    sizes = block_sizes(dim, num_heads, num_kv_heads, ffn_dim, num_layers)
+    for heads, kv_heads, width in sizes:
+        _check_at_least_one(num_heads=heads, num_kv_heads=kv_heads, ffn_dim=width)
+        if head_dim is None and dim % heads:
+            raise ConfigError(
+                f"dim={dim} is no multiple of num_heads={heads}; heads share the width evenly unless head_dim is given."
+            )
+        if heads % kv_heads:
+            raise ConfigError(f"num_heads={heads} is no multiple of num_kv_heads={kv_heads}.")
+    if head_dim is None and len({heads for heads, _, _ in sizes}) > 1:
+        raise ConfigError(
+            f"num_heads={num_heads} differs from block to block, so that dim={dim} does not say how wide a head is; "
+            "give head_dim."
+        )
     for theta in layer_thetas(rope_theta, num_layers):
         if theta is not None and theta <= 0:
             raise ConfigError(f"rope_theta={theta} must be > 0; None leaves positions out.")
@@ -209,9 +223,49 @@ def layer_thetas(rope_theta: LayerThetas, num_layers: int) -> tuple[float | None
     return _for_each(rope_theta, num_layers, "rope_theta", "number")
 
 
-def layer_counts(num_dense_heads: LayerCounts, num_layers: int) -> tuple[int, ...]:
-    """How many heads of each block are dense beside those with levels."""
-    return _for_each(num_dense_heads, num_layers, "num_dense_heads", "number")
+def layer_counts(counts: LayerCounts, num_layers: int, name: str) -> tuple[int, ...]:
+    """The count that the field `name` gives each block."""
+    return _for_each(counts, num_layers, name, "number")
+
+
+def block_sizes(
+    dim: int,
+    num_heads: LayerCounts,
+    num_kv_heads: LayerCounts | None,
+    ffn_dim: LayerCounts | None,
+    num_layers: int,
+) -> tuple[tuple[int, int, int], ...]:
+    """Heads, key and value heads, and feed-forward width of each block, defaults filled in."""
+    heads = layer_counts(num_heads, num_layers, "num_heads")
+    kv_heads = heads if num_kv_heads is None else layer_counts(num_kv_heads, num_layers, "num_kv_heads")
+    widths = layer_counts(4 * dim if ffn_dim is None else ffn_dim, num_layers, "ffn_dim")
+    return tuple(zip(heads, kv_heads, widths, strict=True))
+
+
+def uniform_heads(config: EncoderConfig) -> int:
+    """The heads of a block, where every block has as many.
+
+    Raises:
+        ConfigError: blocks differ, as in a pruned encoder.
+    """
+    counts = set(layer_counts(config.num_heads, config.num_layers, "num_heads"))
+    if len(counts) > 1:
+        raise ConfigError(
+            f"num_heads={config.num_heads} differs from block to block and as many in each are needed here; take the "
+            "encoder as it was before pruning, and prune last."
+        )
+    return counts.pop()
+
+
+def head_width(config: EncoderConfig) -> int:
+    """Width of a head, the same in every block."""
+    return config.dim // uniform_heads(config) if config.head_dim is None else config.head_dim
+
+
+def _check_at_least_one(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{name}={size} must be >= 1.")
 
 
 def _for_each(value: Entry | tuple[Entry, ...], num_layers: int, name: str, kind: str) -> tuple[Entry, ...]:

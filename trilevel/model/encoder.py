@@ -38,6 +38,7 @@ class Encoder(nn.Module):
             config.num_layers,
             config.levels,
             num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
             num_dense_heads=config.num_dense_heads,
             ffn_dim=config.ffn_dim,
             rope_theta=config.rope_theta,

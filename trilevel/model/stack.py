@@ -14,6 +14,7 @@ from trilevel.model.config import (
     LayerCounts,
     LayerLevels,
     LayerThetas,
+    block_sizes,
     check_blocks,
     layer_counts,
     layer_levels,
@@ -79,12 +80,13 @@ class BlockStack(nn.Module):
 
     Args:
         dim: width of the residual stream.
-        num_heads: attention heads in each block.
+        num_heads: attention heads, as many in every block or a tuple with one entry for each.
         num_layers: blocks.
         levels: what the heads see: one `Levels` for all, a tuple with one for each block, None for dense attention.
-        num_kv_heads: key and value heads; default `num_heads`.
+        num_kv_heads: key and value heads, for all or a tuple with one for each block; default `num_heads`.
+        head_dim: width of a head; default `dim // num_heads`, needed if blocks differ in their heads.
         num_dense_heads: heads that see everything beside those with levels, for all or a tuple with one for each block.
-        ffn_dim: width inside the feed-forward part; default `4 * dim`.
+        ffn_dim: width inside the feed-forward part, for all or a tuple with one for each block; default `4 * dim`.
         rope_theta: base of the rotary positions, one for all or a tuple with one for each block; None for none.
         dropout: on what each part adds.
         norm_eps: epsilon of the layer norms.
@@ -102,13 +104,14 @@ class BlockStack(nn.Module):
     def __init__(
         self,
         dim: int,
-        num_heads: int,
+        num_heads: LayerCounts,
         num_layers: int,
         levels: LayerLevels,
         *,
-        num_kv_heads: int | None = None,
+        num_kv_heads: LayerCounts | None = None,
+        head_dim: int | None = None,
         num_dense_heads: LayerCounts = 0,
-        ffn_dim: int | None = None,
+        ffn_dim: LayerCounts | None = None,
         rope_theta: LayerThetas = 10_000.0,
         dropout: float = 0.0,
         norm_eps: float = 1e-5,
@@ -127,6 +130,7 @@ class BlockStack(nn.Module):
             dim=dim,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
             num_layers=num_layers,
             ffn_dim=ffn_dim,
             rope_theta=rope_theta,
@@ -142,11 +146,12 @@ class BlockStack(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 dim,
-                num_heads,
+                heads,
                 levels=block_levels,
-                num_kv_heads=num_kv_heads,
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
                 num_dense_heads=dense_heads,
-                ffn_dim=ffn_dim,
+                ffn_dim=width,
                 rope_theta=theta,
                 dropout=dropout,
                 norm_eps=norm_eps,
@@ -158,11 +163,12 @@ class BlockStack(nn.Module):
                 activation=activation,
                 is_gated=is_gated,
             )
-            for index, (block_levels, theta, dense_heads) in enumerate(
+            for index, (block_levels, theta, dense_heads, (heads, kv_heads, width)) in enumerate(
                 zip(
                     layer_levels(levels, num_layers),
                     layer_thetas(rope_theta, num_layers),
-                    layer_counts(num_dense_heads, num_layers),
+                    layer_counts(num_dense_heads, num_layers, "num_dense_heads"),
+                    block_sizes(dim, num_heads, num_kv_heads, ffn_dim, num_layers),
                     strict=True,
                 )
             )

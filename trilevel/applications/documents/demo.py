@@ -21,7 +21,7 @@ from trilevel.applications.documents.units import Unit, split_units
 from trilevel.data.documents import Document
 from trilevel.data.sentences import count_words
 from trilevel.errors import ConfigError
-from trilevel.model.config import EncoderConfig
+from trilevel.model.config import EncoderConfig, layer_counts
 from trilevel.report.content import Contender, ReportContent
 from trilevel.report.html import write_report
 from trilevel.report.machine import machine_block
@@ -82,7 +82,8 @@ def run_demo(
     """
     tell("reading the document", 0.0)
     trained, tokenizer = load_run(model)
-    if not isinstance(trained.config.tokens, EncoderConfig):
+    tokens = trained.config.tokens
+    if not isinstance(tokens, EncoderConfig):
         raise ConfigError(
             "the demo shows models with an encoder of their own; this one stands on a pretrained encoder."
         )
@@ -93,7 +94,7 @@ def run_demo(
     seen = look(trained.float(), tokenizer, units, encoded)
     comparison = compare(
         encoded,
-        num_heads=trained.config.tokens.num_heads,
+        num_heads=max(layer_counts(tokens.num_heads, tokens.num_layers, "num_heads")),
         has_focus=trained.config.focus is not None,
         model=model,
         threads=torch.get_num_threads(),

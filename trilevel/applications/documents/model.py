@@ -17,7 +17,7 @@ from trilevel.applications.documents.tokenizer import PADDING_ID
 from trilevel.applications.documents.units import FEATURE_SIZES
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.errors import ConfigError
-from trilevel.model.config import EncoderConfig, LayerLevels, from_mapping, levels_from_json
+from trilevel.model.config import EncoderConfig, LayerLevels, from_mapping, head_width, levels_from_json
 from trilevel.model.encoder import Encoder, dense_twin
 from trilevel.model.focus import Focus
 from trilevel.model.pool import mean_by_unit
@@ -70,6 +70,12 @@ class DocumentConfig:
         """Where the text is thinned out; None if nowhere."""
         return None if isinstance(self.tokens, Backbone) else self.tokens.focus
 
+    @property
+    def unit_heads(self) -> int:
+        """Heads of the blocks over units: as many of the tokens' size as fill the width, pruned there or not."""
+        tokens = self.tokens
+        return tokens.num_heads if isinstance(tokens, Backbone) else tokens.dim // head_width(tokens)
+
     def with_levels(self, token_levels: LayerLevels, unit_levels: LayerLevels) -> DocumentConfig:
         """The same sizes with other levels; those of a backbone stay what they are."""
         tokens = self.tokens
@@ -83,7 +89,7 @@ class DocumentConfig:
         units = EncoderConfig(
             vocab_size=1,
             dim=tokens.dim,
-            num_heads=tokens.num_heads,
+            num_heads=self.unit_heads,
             num_layers=self.unit_layers,
             levels=self.unit_levels,
         )
@@ -169,7 +175,7 @@ class DocumentModel(nn.Module):
         self.dropout = nn.Dropout(tokens.dropout)
         self.units = BlockStack(
             tokens.dim,
-            tokens.num_heads,
+            config.unit_heads,
             config.unit_layers,
             config.unit_levels,
             rope_theta=tokens.rope_theta,
