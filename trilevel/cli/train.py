@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from trilevel.applications.classification.data import Data
+    from collections.abc import Sequence
 
-app = typer.Typer(help="Train a model: `documents`, `classification`.", no_args_is_help=True)
+    from rich.console import Console
+
+    from trilevel.applications.classification.data import Data
+    from trilevel.applications.images.model import ImageClassifier
+    from trilevel.data.image_folder import ImageSet
+
+app = typer.Typer(help="Train a model: `documents`, `classification`, `images`.", no_args_is_help=True)
 
 
 @app.callback()
@@ -100,24 +106,93 @@ def classification(
     )
 
 
-def _print_rows(data: Data, num_cut: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+@app.command()
+def images(
+    data: Annotated[
+        Path, typer.Argument(help="Folder with a folder for each class, or .npz; also below TRILEVEL_DATA.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoint, log.")],
+    dense: Annotated[bool, typer.Option("--dense", help="Dense attention: the teacher, or the twin.")] = False,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Run to learn from: its weights to start with, its answers and vectors.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file such as recipes/images-fashion.toml.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images, instead of the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps, instead of passes.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Resize the images: 32, or 32x48 for height and width; needed if sizes differ.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Images of each split, for a try.")] = None,
+) -> None:
+    """Train a small classifier of 2x2 patches on your images.
 
-    table = Table(title="rows")
-    table.add_column("class")
+    A tenth is held out by content, unless folders train, valid and test say how. Stopped, the same command goes on.
+    """
+    import dataclasses
+
+    from trilevel.applications.images import recipe as recipes
+    from trilevel.cli.reading import ReadingProgress
+
+    chosen = recipes.load_recipe(recipe)
+    given = {"epochs": epochs, "steps": steps}
+    schedule = dataclasses.replace(chosen.schedule, **{k: v for k, v in given.items() if v is not None})
+    with ReadingProgress() as reading:
+
+        def start(found: ImageSet, model: ImageClassifier) -> None:
+            # two bars cannot be drawn at once
+            reading.stop()
+            _print_images(found, model)
+
+        result = recipes.train(
+            data,
+            out_dir=out,
+            recipe=dataclasses.replace(chosen, schedule=schedule),
+            is_dense=dense,
+            teacher=teacher,
+            size=None if size is None else recipes.parse_size(size),
+            limit=limit,
+            on_progress=reading,
+            on_start=start,
+        )
+    fit = result.fit
+    typer.echo(
+        f"{fit.step} steps, loss {fit.loss:.4f}, {fit.seconds:.0f} s; checkpoint {fit.checkpoint}, log {fit.log}\n"
+        f"Next: trilevel evaluate images {out}"
+    )
+
+
+def _print_images(found: ImageSet, model: ImageClassifier) -> None:
+    splits = [split for split, rows in found.rows.items() if len(rows)]
+    console = _print_counts("images", found.labels, splits, [found.counts(split) for split in splits])
+    if found.num_shared:
+        console.print(f"{found.num_shared:,} images held out are trained on as well, as the folders have it.")
+    patches, parameters = model.config.patches, sum(parameter.numel() for parameter in model.parameters())
+    sizes = f"{patches.image_size[0]} x {patches.image_size[1]} x {patches.num_channels}"
+    console.print(f"{sizes} pixels, {patches.num_tokens:,} tokens, {parameters:,} parameters.")
+
+
+def _print_rows(data: Data, num_cut: int) -> None:
     splits = [split for split, examples in data.examples.items() if examples]
-    for split in splits:
-        table.add_column(split, justify="right")
-    counts = [data.counts(split) for split in splits]
-    for label in data.labels:
-        table.add_row(Text(label), *(f"{count[label]:,}" for count in counts))
-    console = Console(stderr=True)
-    console.print(table)
+    console = _print_counts("rows", data.labels, splits, [data.counts(split) for split in splits])
     if data.num_empty:
         console.print(f"{data.num_empty:,} rows have no text and are left out.")
     if data.num_shared:
         console.print(f"{data.num_shared:,} rows held out have a text that is trained on as well, as the file has it.")
     if num_cut:
         console.print(f"{num_cut:,} training texts are longer than the model reads and are cut (--max-tokens).")
+
+
+def _print_counts(title: str, labels: Sequence[str], splits: list[str], counts: list[dict[str, int]]) -> Console:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title)
+    table.add_column("class")
+    for split in splits:
+        table.add_column(split, justify="right")
+    for label in labels:
+        table.add_row(Text(label), *(f"{count[label]:,}" for count in counts))
+    console = Console(stderr=True)
+    console.print(table)
+    return console

@@ -1,0 +1,121 @@
+"""The classifier: bytes of pixels, an encoder of patches, the mean of the tokens, a linear map to the classes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trilevel.errors import ConfigError, ShapeError
+from trilevel.model.config import EncoderConfig, from_mapping
+from trilevel.model.encoder import Encoder
+from trilevel.model.heads import SequenceHead
+from trilevel.model.patches import Patches
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageClassifierConfig:
+    """All that an image classifier is, but for its weights.
+
+    Args:
+        encoder: of the encoder, patches and levels included.
+        labels: names of the classes, in the order of the logits.
+        mean: of the pixels, from 0 to 255, one for each channel.
+        deviation: of the pixels, likewise.
+        dropout: before the linear map.
+    """
+
+    encoder: EncoderConfig
+    labels: tuple[str, ...]
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.encoder.patches is None:
+            raise ConfigError("ImageClassifierConfig: an encoder with patches is needed; this one reads tokens.")
+        if len(self.labels) < 2 or len(set(self.labels)) != len(self.labels):
+            raise ConfigError(f"ImageClassifierConfig: labels={self.labels} must be two or more different names.")
+        channels = self.encoder.patches.num_channels
+        if len(self.mean) != channels or len(self.deviation) != channels or not min(self.deviation) > 0:
+            raise ConfigError(
+                f"ImageClassifierConfig: mean={self.mean} and deviation={self.deviation} must hold {channels} numbers, "
+                "one for each channel, the deviations above 0."
+            )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"ImageClassifierConfig: dropout={self.dropout} must lie in [0, 1).")
+
+    @property
+    def patches(self) -> Patches:
+        """How an image is cut."""
+        assert self.encoder.patches is not None
+        return self.encoder.patches
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON types; `from_dict` gives an equal one back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        lists = {name: list(values[name]) for name in ("labels", "mean", "deviation")}
+        return values | lists | {"encoder": self.encoder.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ImageClassifierConfig:
+        """The configuration that `to_dict` wrote.
+
+        Raises:
+            ConfigError: a key is unknown or missing, or a value is out of range.
+        """
+        if not isinstance(values.get("encoder"), Mapping):
+            raise ConfigError("ImageClassifierConfig: an encoder table is needed.")
+        own: dict[str, Any] = {"encoder": EncoderConfig.from_dict(values["encoder"])}
+        for name in ("labels", "mean", "deviation"):
+            if not isinstance(values.get(name), list):
+                raise ConfigError(f"ImageClassifierConfig: a list {name!r} is needed.")
+            own[name] = tuple(values[name])
+        return from_mapping(cls, dict(values) | own)
+
+
+class Classified(NamedTuple):
+    """`logits` (batch, classes) and the encoder's output `hidden` (batch, tokens, dim)."""
+
+    logits: Tensor
+    hidden: Tensor
+
+
+class ImageClassifier(nn.Module):
+    """Pixels to logits of the classes."""
+
+    def __init__(self, config: ImageClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.encoder)
+        self.head = SequenceHead(config.encoder.dim, len(config.labels), dropout=config.dropout)
+        nn.init.zeros_(self.head.logits.weight)
+        nn.init.zeros_(self.head.logits.bias)
+        # not saved: they are the configuration's
+        for name in ("mean", "deviation"):
+            values = torch.tensor(getattr(config, name), dtype=torch.float32)
+            self.register_buffer(name, values[:, None, None], persistent=False)
+
+    mean: Tensor
+    deviation: Tensor
+
+    def forward(self, pixels: Tensor, *, return_hidden: bool = False) -> Tensor | Classified:
+        """Map `pixels` (batch, channels, height, width), 0 to 255, bytes or not, to logits (batch, classes).
+
+        With `return_hidden` to `Classified`: the vectors of the tokens before their mean as well, for distillation.
+
+        Raises:
+            ShapeError: another size or number of channels.
+        """
+        if pixels.ndim != 4 or pixels.shape[1] != len(self.config.mean):
+            raise ShapeError(
+                f"pixels have shape {tuple(pixels.shape)}; (batch, {len(self.config.mean)}, height, width) is needed."
+            )
+        hidden = self.encoder((pixels.to(self.mean.dtype) - self.mean) / self.deviation)
+        logits: Tensor = self.head(hidden.to(self.mean.dtype))
+        return Classified(logits, hidden) if return_hidden else logits

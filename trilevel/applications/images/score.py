@@ -1,0 +1,57 @@
+"""Logits of images, in the order they were given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from trilevel.applications.images.checkpoint import Run
+
+BATCH_SIZE = 128
+# of red, green and blue in grey, ITU-R BT.601, as Pillow has it
+_LUMA = (299, 587, 114)
+
+
+def logits_of(
+    model: nn.Module, pixels: np.ndarray, *, on_progress: Callable[[int], None] = lambda _done: None
+) -> Tensor:
+    """Logits (images, classes), on the CPU, of uint8 (images, channels, height, width); `on_progress` is told how many
+    images are done.
+
+    Channels are made those of the model. The mode of the model is left as it is; it is in evaluation mode where results
+    shall be the same each time.
+    """
+    settings: Any = model.config
+    device = next(model.parameters()).device
+    found = torch.empty(len(pixels), len(settings.labels))
+    with torch.inference_mode():
+        for start in range(0, len(pixels), BATCH_SIZE):
+            rows = slice(start, start + BATCH_SIZE)
+            # a copy: torch takes no array that cannot be written
+            some = with_channels(torch.from_numpy(np.array(pixels[rows])), settings.patches.num_channels)
+            found[rows] = model(some.to(device)).float().cpu()
+            on_progress(min(rows.stop, len(pixels)))
+    return found
+
+
+def classify(run: Run, pixels: np.ndarray, *, on_progress: Callable[[int], None] = lambda _done: None) -> Tensor:
+    """Probabilities (images, classes): softmax of the logits in float64, not calibrated; classes as in `run.labels`."""
+    return torch.softmax(logits_of(run.model, pixels, on_progress=on_progress).double(), dim=-1)
+
+
+def with_channels(pixels: Tensor, num_channels: int) -> Tensor:
+    """Bytes (images, channels, height, width) with one channel, grey, or three.
+
+    >>> with_channels(torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1), 1).flatten().tolist()
+    [76]
+    """
+    if pixels.shape[1] == num_channels:
+        return pixels
+    if num_channels == 3:
+        return pixels.expand(-1, 3, -1, -1)
+    weights = torch.tensor(_LUMA, dtype=torch.int32)[:, None, None]
+    return ((pixels.int() * weights).sum(1, keepdim=True) + 500).div(1_000, rounding_mode="floor").to(torch.uint8)
