@@ -65,7 +65,7 @@ def test_it_learns_and_loads(tmp_path: Path) -> None:
 def test_a_dense_teacher_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = train_tiny(tmp_path, "teacher", is_dense=True).run
     assert teacher.model.config.encoder.levels is None
-    few = dataclasses.replace(RECIPE, schedule=Schedule(steps=8))
+    few = dataclasses.replace(RECIPE, schedule=Schedule(steps=20))
     monkeypatch.setattr(recipes, "NUM_VALIDATION_IMAGES", 7)
     # tiles divide the grid of 6 x 6; the teacher's order is another
     tiles = dataclasses.replace(few, model=dataclasses.replace(few.model, order="tiles", tile=2))
@@ -79,14 +79,14 @@ def test_a_dense_teacher_teaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(shared) > 10
     assert all(torch.equal(weights(teacher)[name], first[0][name]) for name in shared)
     rows = log_of(tmp_path / "student")
-    assert float(rows[-1]["hidden"]) < 1
-    # it starts as the teacher is: close, although every head but the global ones sees less
-    assert float(rows[0]["divergence"]) < 0.5
+    assert float(rows[-1]["hidden"]) < float(rows[0]["hidden"]) < 1
+    # it comes closer
+    assert float(rows[-1]["divergence"]) < float(rows[0]["divergence"])
     assert report(evaluate(student, held_out(student, cache=tmp_path / "cache")))["accuracy"] > 0.9
     assert student.origin.teacher == str(tmp_path / "teacher")
     # another teacher is another run
     train_tiny(tmp_path, "other", is_dense=True, recipe=few)
-    with pytest.raises(ConfigError, match="different are: teacher"):
+    with pytest.raises(ConfigError, match="different are: teacher weights"):
         train_tiny(tmp_path, "student", recipe=tiles, teacher=tmp_path / "other")
 
 

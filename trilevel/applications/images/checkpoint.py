@@ -20,7 +20,7 @@ KIND = "image_classifier"
 _AGAIN = "Name a folder that `trilevel train images` wrote."
 # where things lie does not change what is learned from them
 _FREE = ("path", "teacher")
-_NAMED = {"sha256": "data", "teacher_sha256": "teacher"}
+_NAMED = {"sha256": "data", "teacher_sha256": "teacher weights"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

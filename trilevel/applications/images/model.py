@@ -14,7 +14,7 @@ from trilevel.errors import ConfigError, ShapeError
 from trilevel.model.config import EncoderConfig, from_mapping
 from trilevel.model.encoder import Encoder
 from trilevel.model.heads import SequenceHead
-from trilevel.model.patches import Patches
+from trilevel.model.patches import PatchEmbedding, Patches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +93,7 @@ class ImageClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config.encoder)
+        _init_patches(self.encoder.embedding, config.patches)
         self.head = SequenceHead(config.encoder.dim, len(config.labels), dropout=config.dropout)
         nn.init.zeros_(self.head.logits.weight)
         nn.init.zeros_(self.head.logits.bias)
@@ -119,3 +120,27 @@ class ImageClassifier(nn.Module):
         hidden = self.encoder((pixels.to(self.mean.dtype) - self.mean) / self.deviation)
         logits: Tensor = self.head(hidden.to(self.mean.dtype))
         return Classified(logits, hidden) if return_hidden else logits
+
+
+def _init_patches(embedding: PatchEmbedding, patches: Patches) -> None:
+    """Pixels (LeCun's normal) and positions (sines, learned from there) of like size.
+
+    With the encoder's small numbers a patch of few pixels is lost beside what the first block adds.
+    """
+    weight = embedding.projection.weight
+    nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    with torch.no_grad():
+        embedding.positions.weight[patches.num_extra_tokens :] = sines(patches.grid, weight.shape[0])
+
+
+def sines(grid: tuple[int, int], dim: int) -> Tensor:
+    """Positions (rows * columns, dim) of a grid, row by row: half of the numbers tell the row and half the column.
+
+    Each half holds sines and cosines of `dim / 4` wave lengths (Beyer et al. 2022, arXiv 2205.01580); zeros where `dim`
+    is no multiple of 4.
+    """
+    rates = 10_000.0 ** -torch.linspace(0, 1, dim // 4)
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    angles = [axis.flatten()[:, None] * rates for axis in (rows, columns)]
+    waves = [wave(angle) for angle in angles for wave in (torch.sin, torch.cos)]
+    return nn.functional.pad(torch.cat(waves, dim=1), (0, dim % 4))
