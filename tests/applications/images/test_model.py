@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from trilevel.applications.images.score import logits_of, with_channels
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.errors import ConfigError, InputError, ShapeError
 from trilevel.model.config import EncoderConfig
+from trilevel.model.encoder import Encoder
 from trilevel.model.patches import Patches
 from trilevel.model.weights import copy_shared
 
@@ -71,8 +73,20 @@ def test_positions_start_as_sines_of_row_and_column() -> None:
             assert found[5 * row + column].tolist() == pytest.approx([*wanted, 0, 0, 0], abs=1e-6)
 
 
-def test_a_new_model_finds_all_classes_alike() -> None:
-    assert ImageClassifier(CONFIG)(pixels()).abs().max() == 0
+def test_scorers_and_pooling_start_as_the_encoder_has_them() -> None:
+    torch.manual_seed(3)
+    model = ImageClassifier(dataclasses.replace(CONFIG, encoder=dataclasses.replace(CONFIG.encoder, levels=LEVELS)))
+    torch.manual_seed(3)
+    encoder = Encoder(model.config.encoder)
+    found, plain = model.encoder.state_dict(), encoder.state_dict()
+    changed = {re.sub(r"stack\.blocks\.\d\.", "", name) for name in plain if not torch.equal(found[name], plain[name])}
+    maps = {f"{part}.weight" for part in ("attention.in_proj", "attention.out_proj", "ffn.up", "ffn.down")}
+    assert changed == maps | {"embedding.projection.weight", "embedding.positions.weight"}
+    assert float(found["stack.blocks.0.ffn.up.weight"].abs().max()) <= math.sqrt(6 / (15 + 60))
+
+
+def test_a_new_model_finds_all_classes_nearly_alike() -> None:
+    assert 0 < ImageClassifier(CONFIG)(pixels()).abs().max() < 0.5
 
 
 def test_the_configuration_survives_json() -> None:

@@ -99,7 +99,7 @@ def _default_levels() -> Levels:
 
 def _default_train() -> TrainConfig:
     return TrainConfig(
-        steps=1, learning_rate=1e-3, final_fraction=0.0, weight_decay=0.05, betas=(0.9, 0.99), checkpoint_every=200
+        steps=1, learning_rate=1.5e-3, final_fraction=0.0, weight_decay=0.05, betas=(0.9, 0.999), checkpoint_every=200
     )
 
 
