@@ -187,6 +187,11 @@ def blind(model: nn.Module, batch: Tensor) -> Tensor:
         return square_loss(model, batch)
 
 
+def own_distance(model: nn.Module, batch: Tensor) -> Tensor:
+    output: Tensor = model(batch)
+    return (output - output.detach()).square().mean()
+
+
 def partly_blind(model: Any, batch: Tensor) -> Tensor:
     value: Tensor = model.stack.blocks[1](model.embedding(batch)).square().mean()
     return value
@@ -199,6 +204,7 @@ def partly_blind(model: Any, batch: Tensor) -> Tensor:
         ([tokens()], lambda model, batch: model(batch).mean(1), ShapeError, r"shape \(3, 20\) and must be a scalar"),
         ([tokens()], lambda m, b: square_loss(m, b) / 0, InputError, "the loss of batch 1 is inf"),
         ([tokens()], blind, ConfigError, "the loss has no gradient; compute it from the model's output"),
+        ([tokens()], own_distance, ConfigError, "every gradient of the loss is zero, as that of the distance to"),
         ([tokens()], partly_blind, ConfigError, "no gradient in stack.blocks.0; it must be computed from"),
     ],
 )

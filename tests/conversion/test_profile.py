@@ -13,7 +13,8 @@ from tests.conversion.dense import DIM, HEADS, LAYERS, attention_of, dense_encod
 from trilevel.attention.api import multi_level_attention
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.conversion.profile import ALONE, HeadProfile, fit_scorers, profile_heads
-from trilevel.errors import InputError
+from trilevel.errors import ConfigError, InputError
+from trilevel.model.config import EncoderConfig
 from trilevel.model.encoder import Encoder
 
 LEVELS = Levels(window=5, region_size=3, num_global_tokens=4)
@@ -165,3 +166,10 @@ def test_too_few_sequences_are_refused() -> None:
         fit_scorers(list(encoder.stack.blocks), encoder, SEQUENCES[:3], LEVELS)
     with pytest.raises(InputError, match="gives 3 sequences; at least 4"):
         profile_heads(list(encoder.stack.blocks), encoder, SEQUENCES[:3], LEVELS, some_scorers())
+
+
+def test_blocks_with_different_heads_are_refused() -> None:
+    config = EncoderConfig(vocab_size=29, dim=DIM, num_heads=(3, 2), head_dim=4, num_layers=2, levels=None)
+    pruned = Encoder(config)
+    with pytest.raises(ConfigError, match=r"the blocks have \[3, 2\] heads and as many in each are needed; convert"):
+        profile_heads(list(pruned.stack.blocks), pruned, SEQUENCES, LEVELS, some_scorers())

@@ -105,11 +105,12 @@ def taylor(model: nn.Module, batches: Iterable[Any], loss: Loss) -> Importance:
     Args:
         model: a module with `Encoder`s or `BlockStack`s.
         batches: what `loss` takes; 16 to 64 examples rank heads, more rank channels better.
-        loss: (model, batch) -> scalar. Without labels: the distance to another model's output, or projections of the
-            own output on random directions.
+        loss: (model, batch) -> scalar. Without labels: the output projected on directions drawn anew for each batch,
+            `(output * torch.randn_like(output)).sum((1, 2)).mean()`; the distance to the model's own output has its
+            minimum, so no gradient, there.
 
     Raises:
-        ConfigError: no gradient reaches a block, or the model has no block.
+        ConfigError: no gradient reaches a block, all are zero, or the model has no block.
         InputError: there are no batches, or the loss is not finite.
         ShapeError: the loss is no scalar.
     """
@@ -136,6 +137,11 @@ def taylor(model: nn.Module, batches: Iterable[Any], loss: Loss) -> Importance:
             "torch.no_grad on the way."
         )
     groups, channels = zip(*totals.values(), strict=True)
+    if not any(scores.any() for scores in (*groups, *channels)):
+        raise ConfigError(
+            "every gradient of the loss is zero, as that of the distance to the model's own output; use labels or "
+            "project the output on random directions."
+        )
     return Importance(groups=groups, channels=channels)
 
 
