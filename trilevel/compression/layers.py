@@ -284,12 +284,14 @@ class FrozenEmbedding(nn.Embedding):
 def _scale_8bit(weight: Tensor) -> Tensor:
     """A scale for each row, 1 where the row is zero."""
     largest = weight.abs().amax(1)
-    return torch.where(largest > 0, largest / WEIGHT_LIMITS[8][1], 1)
+    scale: Tensor = torch.where(largest > 0, largest / WEIGHT_LIMITS[8][1], 1)
+    return scale
 
 
 def _groups(weight: Tensor, group_size: int) -> Tensor:
     """`(out, in)` as `(out, groups, group_size)`, zeros behind the last input."""
-    return F.pad(weight, (0, -weight.shape[1] % group_size)).unflatten(1, (-1, group_size))
+    padded = F.pad(weight, (0, -weight.shape[1] % group_size))
+    return padded.view(weight.shape[0], -1, group_size)
 
 
 def _scale_4bit(groups: Tensor) -> Tensor:
@@ -302,4 +304,5 @@ def _scale_4bit(groups: Tensor) -> Tensor:
         for one in tried
     ]
     best = torch.stack(errors).argmin(0)
-    return torch.stack(tried).gather(0, best[None]).squeeze(0)
+    chosen: Tensor = torch.stack(tried).gather(0, best[None]).squeeze(0)
+    return chosen

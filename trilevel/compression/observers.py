@@ -26,6 +26,10 @@ SHRINKS = 2.0 ** (-torch.arange(0, 97, dtype=torch.float64) / 16)
 class Observer(Protocol):
     """Sees tensors one after another and then names a range that holds 0."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it saw no number yet."""
+
     def update(self, x: Tensor) -> None:
         """Take in all numbers of `x`, of any shape."""
 
@@ -168,8 +172,8 @@ def _ends(x: Tensor) -> tuple[float, float]:
     return low, high
 
 
-def _check_seen(low: float, high: float) -> None:
-    if low > high:
+def _check_seen(observer: Observer) -> None:
+    if observer.is_empty:
         raise InputError("an observer saw no numbers. Give calibration batches that run the layer.")
 
 
@@ -181,8 +185,12 @@ class _MinMax:
         low, high = _ends(x)
         self.low, self.high = min(self.low, low), max(self.high, high)
 
+    @property
+    def is_empty(self) -> bool:
+        return self.low > self.high
+
     def range(self, grid: Grid) -> tuple[float, float]:
-        _check_seen(self.low, self.high)
+        _check_seen(self)
         return min(self.low, 0.0), max(self.high, 0.0)
 
 
@@ -194,8 +202,12 @@ class _Percentile:
     def update(self, x: Tensor) -> None:
         self.histogram.update(x)
 
+    @property
+    def is_empty(self) -> bool:
+        return self.histogram.low > self.histogram.high
+
     def range(self, grid: Grid) -> tuple[float, float]:
-        _check_seen(self.histogram.low, self.histogram.high)
+        _check_seen(self)
         if grid == "int8":
             end = self.histogram.absolute_quantile(self.share)
             return -end, end
@@ -210,8 +222,12 @@ class _MeanSquare:
     def update(self, x: Tensor) -> None:
         self.histogram.update(x)
 
+    @property
+    def is_empty(self) -> bool:
+        return self.histogram.low > self.histogram.high
+
     def range(self, grid: Grid) -> tuple[float, float]:
-        _check_seen(self.histogram.low, self.histogram.high)
+        _check_seen(self)
         low, high = min(self.histogram.low, 0.0), max(self.histogram.high, 0.0)
         points = self.histogram.points()
         if grid == "int8":

@@ -23,7 +23,7 @@ from trilevel.compression.layers import (
 )
 from trilevel.compression.observers import Grid, Method, Observer, check_percentile, make_observer
 from trilevel.compression.smooth import smooth
-from trilevel.errors import CheckpointError, ConfigError
+from trilevel.errors import CheckpointError, ConfigError, InputError
 from trilevel.model.patches import PatchEmbedding
 
 Run = Callable[[nn.Module, Any], Any]
@@ -36,7 +36,7 @@ _QUANTIZED = (QuantizedLinear, QuantizedEmbedding, FrozenLinear, FrozenLinear4bi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeConfig:
-    """What is rounded, and how.
+    """What is rounded, and how; the defaults are what kept MiniLM closest (decision 0012).
 
     Args:
         activations: grid of the inputs of linear maps, one range a map: `int8` around 0, which every runtime takes, or
@@ -46,7 +46,7 @@ class QuantizeConfig:
         weight_bits: 8, or 4 with `activations=None`.
         group_size: 32, 64 or 128 inputs that share a scale, for 4 bits.
         quantize_embeddings: tables of 16 rows or more get 8 bits, a scale for each row.
-        smooth: alpha of SmoothQuant, 0 to 1; None for none.
+        smooth: alpha of SmoothQuant, 0 to 1; None for none. Nothing to smooth with `activations=None`.
         learned_ranges: scales of inputs and weights are parameters for the training that follows; else they stay.
         skip: names of modules that stay float, with everything in them.
 
@@ -55,12 +55,12 @@ class QuantizeConfig:
     """
 
     activations: Grid | None = "int8"
-    observer: Method = "mse"
+    observer: Method = "minmax"
     percentile: float = 99.99
     weight_bits: int = 8
     group_size: int = 32
     quantize_embeddings: bool = True
-    smooth: float | None = None
+    smooth: float | None = 0.85
     learned_ranges: bool = False
     skip: tuple[str, ...] = ()
 
@@ -80,8 +80,6 @@ class QuantizeConfig:
             raise ConfigError(f"group_size={self.group_size} must be 32, 64 or 128.")
         if self.smooth is not None and not 0 <= self.smooth <= 1:
             raise ConfigError(f"smooth={self.smooth} must be 0 to 1, or None.")
-        if self.smooth is not None and self.activations is None:
-            raise ConfigError("smooth is for rounded activations, and activations=None. Set smooth=None.")
 
 
 def call(model: nn.Module, batch: Any) -> Any:
@@ -110,7 +108,7 @@ def quantize(model: nn.Module, config: QuantizeConfig, batches: Iterable[Any] = 
         InputError: a linear map saw no input, or activations that are not finite.
     """
     draft = prepare(model, config, batches, run)
-    return _replaced(draft.model, {id(draft.model.get_submodule(name)): new for name, new in draft.made.items()})
+    return replaced(draft.model, {id(draft.model.get_submodule(name)): new for name, new in draft.made.items()})
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,10 +244,16 @@ def _ranges(
     }
     with _watched(model, {part: observers[name].update for name, part in linears.items()}):
         _run_all(model, batches, run)
+    unseen = [name for name, observer in observers.items() if observer.is_empty]
+    if unseen:
+        raise InputError(
+            f"{', '.join(unseen)} saw no input in the calibration batches. Give batches that run it, or name it in "
+            "skip."
+        )
     return {name: observer.range(config.activations) for name, observer in observers.items()}
 
 
-def _replaced(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+def replaced(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
     """`model` with the children whose id is in `made` replaced, wherever they stand."""
     if id(model) in made:
         return made[id(model)]
@@ -272,7 +276,7 @@ def freeze(model: nn.Module) -> nn.Module:
     }
     if not made:
         raise ConfigError("the model has no quantized modules to freeze. Call quantize first.")
-    return _replaced(frozen, made)
+    return replaced(frozen, made)
 
 
 def quantized_bytes(model: nn.Module) -> int:
@@ -297,7 +301,7 @@ def load_frozen(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if isinstance(part, nn.Linear | nn.Embedding) and ("weight_int8" in own or "packed" in own):
             made[id(part)] = _empty(part, own)
-    loaded = _replaced(loaded, made)
+    loaded = replaced(loaded, made)
     try:
         loaded.load_state_dict(state)
     except RuntimeError as error:
