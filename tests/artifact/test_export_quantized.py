@@ -230,7 +230,7 @@ def test_the_error_is_that_of_nncf(tmp_path: Path) -> None:
     compiled = ov.Core().compile_model(theirs, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     reference = error(torch.from_numpy(np.array(compiled([ids.numpy()])[0])))
     for activations in ("int8", "uint8"):
-        config = QuantizeConfig(activations=activations, quantize_embeddings=False)  # type: ignore[arg-type]
+        config = QuantizeConfig(activations=activations, quantize_embeddings=False)
         ours = error(quantize(model, config, batches)(ids).detach())
         assert ours <= 1.3 * reference, (activations, ours, reference)
 

@@ -92,3 +92,18 @@ def test_outliers_cost_less() -> None:
             return float((quantize(model, config, data)(data[0]) - wanted).norm() / wanted.norm())
 
     assert error(0.5) < 0.7 * error(None)
+
+
+def test_heads_that_share_values_share_the_scale() -> None:
+    model = encoder("some_dense_heads")
+    data = [torch.randint(1, 101, (2, 41))]
+    draft = prepare(model, QuantizeConfig(smooth=1.0, quantize_embeddings=False), data)
+    seen: list[Tensor] = []
+    draft.model.get_submodule("stack.blocks.0.attention.out_proj").register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
+    with torch.no_grad():
+        draft.model(data[0])
+    # with alpha 1 the larger of the 2 heads of each of 4 groups reaches 1 in each of 3 features
+    largest = seen[0].abs().flatten(0, 1).amax(0).view(4, 2, 3).amax(1)
+    torch.testing.assert_close(largest, torch.ones(4, 3), rtol=1e-4, atol=1e-4)

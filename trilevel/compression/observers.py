@@ -37,7 +37,7 @@ class Observer(Protocol):
         """The lower and upper end to be quantized; what lies outside is clamped."""
 
 
-def make_observer(method: Method, *, percentile: float = 99.99) -> Observer:
+def make_observer(method: Method, *, percentile: float = 99.999) -> Observer:
     """An observer that has seen nothing.
 
     Args:

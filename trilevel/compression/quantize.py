@@ -56,7 +56,7 @@ class QuantizeConfig:
 
     activations: Grid | None = "int8"
     observer: Method = "minmax"
-    percentile: float = 99.99
+    percentile: float = 99.999
     weight_bits: int = 8
     group_size: int = 32
     quantize_embeddings: bool = True
