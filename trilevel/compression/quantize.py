@@ -91,7 +91,8 @@ def quantize(model: nn.Module, config: QuantizeConfig, batches: Iterable[Any] = 
     """A copy of `model` whose linear maps and tables round to integers; `model` is left alone.
 
     This alone is post-training quantization. Training the result further is quantization-aware training: weights stay
-    float parameters and gradients pass straight through the rounding. `freeze` then stores the integers.
+    float parameters and gradients pass straight through the rounding; without dropout, which undid all of it on MiniLM.
+    `freeze` then stores the integers.
 
     Left float: norms, softmax, convolutions, what chooses tokens and units (`scorer`, `region_gate`, `unit_scorer`,
     `pool_weight`), linear maps with one output, tables of fewer than 16 rows and those of `PatchEmbedding`.
