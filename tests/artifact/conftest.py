@@ -1,0 +1,36 @@
+"""Artifacts that all workers of a test run share, as an export takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from tests.artifact.models import write_mean
+from trilevel.artifact.manifest import Artifact, is_artifact, read_artifact
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder of this run alone."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+def _made_once(shared_folder: Path, name: str, *, is_dense: bool) -> Artifact:
+    with FileLock(shared_folder / f"{name}.lock"):
+        folder = shared_folder / name
+        return read_artifact(folder) if is_artifact(folder) else write_mean(folder, is_dense=is_dense)
+
+
+@pytest.fixture(scope="session")
+def mean_artifact(shared_folder: Path) -> Artifact:
+    """Two layers with local, regional and global heads."""
+    return _made_once(shared_folder, "mean", is_dense=False)
+
+
+@pytest.fixture(scope="session")
+def dense_artifact(shared_folder: Path) -> Artifact:
+    """The same with dense attention."""
+    return _made_once(shared_folder, "mean-dense", is_dense=True)

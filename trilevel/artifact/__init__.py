@@ -1,0 +1,1 @@
+"""The artifact: one folder that every runtime loads, checks and runs with the same answers."""

@@ -1,0 +1,1 @@
+"""Modules to files that runtimes read."""

@@ -1,0 +1,125 @@
+"""A module to one ONNX file that ONNX Runtime, OpenVINO and TensorRT's parser read, for every batch and length."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trilevel.artifact.export.quantized import store_transposed, translation_table
+from trilevel.artifact.manifest import Tensors
+from trilevel.attention.layer import MultiLevelAttention
+from trilevel.errors import ConfigError, require
+
+OPSET = 20
+"""Later ones make an `Attention` operator of dense attention, whose masks ONNX Runtime 1.32 mishandles."""
+
+REFUSED = ("NonZero", "Attention")
+"""Operators that break a runtime: TensorRT has no NonZero."""
+
+_DYNAMIC = torch.export.Dim.AUTO
+
+
+def exportable(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode whose attention runs in operators that every runtime has.
+
+    Raises:
+        ConfigError: a layer has levels that cannot be exported.
+    """
+    twin = copy.deepcopy(module).eval()
+    for name, part in twin.named_modules():
+        if isinstance(part, MultiLevelAttention):
+            _check_layer(name, part)
+            part.impl = "graph"
+    return twin
+
+
+def _check_layer(name: str, layer: MultiLevelAttention) -> None:
+    levels = layer.levels
+    given = {
+        "is_causal=True": layer.is_causal,
+        "mode='strict'": levels is not None and levels.mode == "strict",
+        "union=True": levels is not None and levels.union,
+        "num_regions": levels is not None and levels.region_size is None and layer.head_split.regional > 0,
+        "selection_gradient='gate'": levels is not None and levels.selection_gradient == "gate",
+    }
+    wrong = [what for what, is_given in given.items() if is_given]
+    if wrong:
+        raise ConfigError(
+            f"{name} has {', '.join(wrong)}, which cannot be exported. Train or convert with mode='calibrated', "
+            "region_size and without union."
+        )
+
+
+def export_onnx(
+    module: nn.Module, inputs: Mapping[str, Tensor], axes: Mapping[str, Sequence[int | str]], path: Path, *, output: str
+) -> tuple[dict[str, Tensors], dict[str, Tensors]]:
+    """Write `module` to `path`; weights that are stored as integers stay integers.
+
+    Args:
+        module: takes `inputs` in their order and returns one tensor.
+        inputs: an example; axes that vary must have a size above 1.
+        axes: names of the axes that vary and sizes of the others, for every input and for `output`.
+        path: of the file.
+        output: name of what the module returns.
+
+    Returns:
+        Inputs and outputs as the manifest lists them.
+
+    Raises:
+        ConfigError: the module has attention that cannot be exported, or the graph an operator that breaks a runtime.
+        MissingExtraError: onnx or onnxscript is not installed.
+    """
+    require("onnx", extra="export")
+    require("onnxscript", extra="export")
+    names = list(inputs)
+    shapes = tuple(
+        {place: _DYNAMIC for place, axis in enumerate(axes[name]) if isinstance(axis, str)} for name in names
+    )
+    twin = exportable(module)
+    with torch.no_grad(), _quiet():
+        program: Any = torch.onnx.export(
+            twin,
+            tuple(inputs.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            dynamic_shapes=shapes,
+            input_names=names,
+            output_names=[output],
+            custom_translation_table=translation_table(),
+            verbose=False,
+        )
+        found = twin(*inputs.values())
+    kinds = {node.op_type for node in program.model.graph}
+    if kinds & set(REFUSED):
+        raise ConfigError(f"the graph holds {sorted(kinds & set(REFUSED))}, which break a runtime; it is not written.")
+    store_transposed(program.model)
+    # one file: whoever copies it has all of it
+    program.save(str(path), external_data=False)
+    given = {name: _tensors(inputs[name], axes[name]) for name in names}
+    return given, {output: _tensors(found, axes[output])}
+
+
+def _tensors(example: Tensor, axes: Sequence[int | str]) -> Tensors:
+    return Tensors(dtype=str(example.dtype).removeprefix("torch."), axes=tuple(axes))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of its own parts and of packages that are not needed."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)

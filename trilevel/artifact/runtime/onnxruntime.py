@@ -1,0 +1,75 @@
+"""ONNX Runtime on a CPU: x86 and ARM, the smallest memory."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from trilevel.artifact.manifest import MODEL_FILE, Artifact
+from trilevel.artifact.probe import Arrays
+from trilevel.artifact.runtime.predictor import Precision, check_inputs
+from trilevel.errors import ArtifactError, require
+
+
+class OnnxRuntime:
+    """An artifact's graph in ONNX Runtime.
+
+    Args:
+        artifact: of `read_artifact`.
+        threads: that a call may use; None for one a core.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        ArtifactError: it cannot read the graph.
+    """
+
+    runtime = "onnxruntime"
+    precision: Precision = "float32"
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
+        self._ort = require("onnxruntime", extra="onnxruntime")
+        self.version: str = self._ort.__version__
+        self._inputs, self._path = artifact.manifest.inputs, artifact.file(MODEL_FILE)
+        self._threads = threads
+        self._outputs = list(artifact.manifest.outputs)
+        self._session = self._open()
+
+    def _open(self, **options: Any) -> Any:
+        settings = self._ort.SessionOptions()
+        # errors are raised; warnings are about graphs, which the user did not write
+        settings.log_severity_level = 3
+        # a process that waits busily takes the cores of the others
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._threads is not None:
+            settings.intra_op_num_threads = self._threads
+        for name, value in options.items():
+            setattr(settings, name, value)
+        try:
+            return self._ort.InferenceSession(str(self._path), settings, providers=["CPUExecutionProvider"])
+        # its errors have classes of their own, derived from Exception alone
+        except Exception as error:
+            raise ArtifactError(f"ONNX Runtime {self.version} cannot read {self._path} ({error}).") from error
+
+    def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
+        """Outputs by name."""
+        check_inputs(self._inputs, inputs)
+        found = self._session.run(self._outputs, dict(inputs))
+        return dict(zip(self._outputs, found, strict=True))
+
+    def kernels(self) -> Mapping[str, str]:
+        """Operators of the graph as ONNX Runtime rewrote it, by name; integer ones have names of their own."""
+        onnx = require("onnx", extra="export")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "optimized.onnx"
+            self._open(optimized_model_filepath=str(path))
+            nodes = onnx.load(str(path)).graph.node
+        return {node.name or f"{node.op_type}_{index}": node.op_type for index, node in enumerate(nodes)}
+
+    def __repr__(self) -> str:
+        """The runtime and its threads."""
+        return json.dumps({"runtime": self.runtime, "version": self.version, "threads": self._threads})
