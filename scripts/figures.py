@@ -24,6 +24,7 @@ TITLES = {
     "attention": "One attention layer (`trilevel bench attention`)",
     "encoders": "A converted MiniLM on 8,192 tokens (`trilevel bench encoders`)",
     "retrieval": "Does a converted MiniLM find what it should? (`trilevel bench retrieval`)",
+    "imdb": "A converted MiniLM fine-tuned on IMDB (docs/classification.md)",
     "calibrate": "The cost model, fitted to this machine (`trilevel bench calibrate`)",
     "levels": "Do the levels earn their place? (`trilevel bench levels`)",
 }
