@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from trilevel.model.folder import sha256_of
 from trilevel.training.config import TrainConfig
 from trilevel.training.loop import FitResult, fit
 from trilevel.training.objectives import sequence_loss
+from trilevel.training.recipe import read_tables
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 NUM_VALIDATION_ROWS = 512
@@ -107,16 +107,8 @@ def load_recipe(path: str | Path | None = None) -> Recipe:
     if path is None:
         return Recipe()
     path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: no recipe there ({error.strerror}). Name a TOML file with --recipe.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML ({error}).") from error
     parts: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "schedule": Schedule}
-    unknown = sorted(set(values) - set(parts) - {"train"})
-    if unknown:
-        raise ConfigError(f"{path}: unknown table {', '.join(unknown)}; known are {', '.join(parts)} and train.")
+    values = read_tables(path, [*parts, "train"])
     made = {name: from_mapping(parts[name], values[name]) for name in parts if name in values}
     return Recipe(**made, train=_train_config(values.get("train", {}), path))
 

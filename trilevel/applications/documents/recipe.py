@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +33,7 @@ from trilevel.errors import ConfigError, InputError, require
 from trilevel.model.config import from_mapping
 from trilevel.training.config import TrainConfig
 from trilevel.training.loop import FitResult, fit
+from trilevel.training.recipe import read_tables
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 DEFAULT_RECIPE = RECIPES / "documents.toml"
@@ -91,6 +91,15 @@ class Recipe:
     objective: LossConfig
 
 
+_PARTS = {
+    "data": DataConfig,
+    "model": SizeConfig,
+    "backbone": BackboneSize,
+    "train": TrainConfig,
+    "objective": LossConfig,
+}
+
+
 def load_recipe(path: str | Path | None = None, *, phase: str | None = None) -> Recipe:
     """Read a recipe file, the repository's `recipes/documents.toml` by default; `phase` replaces what its table names.
 
@@ -98,30 +107,15 @@ def load_recipe(path: str | Path | None = None, *, phase: str | None = None) -> 
         ConfigError: the file is missing or no TOML, a key is unknown or missing, a value is out of range.
     """
     path = DEFAULT_RECIPE if path is None else Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: no recipe there ({error.strerror}). Name a TOML file with --recipe.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML ({error}).") from error
+    values = read_tables(path, [*_PARTS, "long"])
     phases = values.pop("long", {})
     if phase is not None:
         values = _merged(values, {"long": phases}.get(phase, {}))
-    parts = {
-        "data": DataConfig,
-        "model": SizeConfig,
-        "backbone": BackboneSize,
-        "train": TrainConfig,
-        "objective": LossConfig,
-    }
-    unknown = sorted(set(values) - set(parts))
-    if unknown:
-        raise ConfigError(f"{path}: unknown table {', '.join(unknown)}; known are {', '.join(parts)} and long.")
     if "model" in values and "backbone" in values:
         raise ConfigError(
             f"{path} has both tables, model and backbone; a model has its own encoder or a pretrained one."
         )
-    found: dict[str, Any] = {name: from_mapping(parts[name], table) for name, table in values.items()}
+    found: dict[str, Any] = {name: from_mapping(_PARTS[name], table) for name, table in values.items()}
     if "backbone" in found:
         found["model"] = found.pop("backbone")
     return from_mapping(Recipe, found)

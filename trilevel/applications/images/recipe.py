@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from trilevel.model.grid_order import GridOrder
 from trilevel.model.patches import Patches
 from trilevel.training.config import TrainConfig
 from trilevel.training.loop import FitResult, fit
+from trilevel.training.recipe import read_tables
 
 NUM_VALIDATION_IMAGES = 512
 """Images that are looked at with each checkpoint."""
@@ -124,17 +124,8 @@ def load_recipe(path: str | Path | None = None) -> Recipe:
     if path is None:
         return Recipe()
     path = Path(path)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: no recipe there ({error.strerror}). Name a TOML file with --recipe.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML ({error}).") from error
     parts: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "loss": LossConfig, "schedule": Schedule}
-    unknown = sorted(set(values) - set(parts) - {"levels", "train"})
-    if unknown:
-        known = ", ".join([*parts, "levels"])
-        raise ConfigError(f"{path}: unknown table {', '.join(unknown)}; known are {known} and train.")
+    values = read_tables(path, [*parts, "levels", "train"])
     made = {name: from_mapping(parts[name], values[name]) for name in parts if name in values}
     if "levels" in values:
         made["levels"] = _levels(values["levels"], path)
