@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trilevel.errors import ConfigError
+from trilevel.model.config import from_mapping
+from trilevel.training.config import TrainConfig
 
 
 def read_tables(path: str | Path, known: Sequence[str], *, option: str = "--recipe") -> dict[str, Any]:
@@ -32,3 +34,19 @@ def read_tables(path: str | Path, known: Sequence[str], *, option: str = "--reci
         names = f"{', '.join(known[:-1])} and {known[-1]}"
         raise ConfigError(f"{path}: unknown table {', '.join(unknown)}; known are {names}.")
     return values
+
+
+def train_config(base: TrainConfig, table: Mapping[str, Any], path: str | Path) -> TrainConfig:
+    """`base` with what the table `train` changes; steps and warm-up follow from the table `schedule`.
+
+    Raises:
+        ConfigError: a key is unknown or follows from the schedule, or a value is out of range.
+    """
+    derived = sorted({"steps", "warmup_steps"} & set(table))
+    if derived:
+        raise ConfigError(f"{path}: train.{derived[0]} follows from the table schedule; write it there.")
+    values = {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__} | dict(table)
+    betas = values["betas"]
+    if not isinstance(betas, (list, tuple)) or len(betas) != len(base.betas):
+        raise ConfigError(f"{path}: train.betas={betas!r} must be two numbers, such as {list(base.betas)}.")
+    return from_mapping(TrainConfig, values | {"betas": tuple(betas)})

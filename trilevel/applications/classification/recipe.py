@@ -23,7 +23,7 @@ from trilevel.model.folder import sha256_of
 from trilevel.training.config import TrainConfig
 from trilevel.training.loop import FitResult, fit
 from trilevel.training.objectives import sequence_loss
-from trilevel.training.recipe import read_tables
+from trilevel.training.recipe import read_tables, train_config
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 NUM_VALIDATION_ROWS = 512
@@ -110,19 +110,7 @@ def load_recipe(path: str | Path | None = None) -> Recipe:
     parts: dict[str, Any] = {"data": DataConfig, "model": ModelConfig, "schedule": Schedule}
     values = read_tables(path, [*parts, "train"])
     made = {name: from_mapping(parts[name], values[name]) for name in parts if name in values}
-    return Recipe(**made, train=_train_config(values.get("train", {}), path))
-
-
-def _train_config(table: Mapping[str, Any], path: Path) -> TrainConfig:
-    derived = sorted({"steps", "warmup_steps"} & set(table))
-    if derived:
-        raise ConfigError(f"{path}: train.{derived[0]} follows from the table schedule; write it there.")
-    base = Recipe().train
-    values = {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__} | dict(table)
-    betas = values["betas"]
-    if not isinstance(betas, (list, tuple)) or len(betas) != len(base.betas):
-        raise ConfigError(f"{path}: train.betas={betas!r} must be two numbers, such as {list(base.betas)}.")
-    return from_mapping(TrainConfig, values | {"betas": tuple(betas)})
+    return Recipe(**made, train=train_config(_default_train(), values.get("train", {}), path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

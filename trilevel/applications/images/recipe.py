@@ -27,7 +27,7 @@ from trilevel.model.grid_order import GridOrder
 from trilevel.model.patches import Patches
 from trilevel.training.config import TrainConfig
 from trilevel.training.loop import FitResult, fit
-from trilevel.training.recipe import read_tables
+from trilevel.training.recipe import read_tables, train_config
 
 NUM_VALIDATION_IMAGES = 512
 """Images that are looked at with each checkpoint."""
@@ -129,7 +129,7 @@ def load_recipe(path: str | Path | None = None) -> Recipe:
     made = {name: from_mapping(parts[name], values[name]) for name in parts if name in values}
     if "levels" in values:
         made["levels"] = _levels(values["levels"], path)
-    return Recipe(**made, train=_train_config(values.get("train", {}), path))
+    return Recipe(**made, train=train_config(_default_train(), values.get("train", {}), path))
 
 
 def _levels(table: Any, path: Path) -> Levels:
@@ -141,18 +141,6 @@ def _levels(table: Any, path: Path) -> Levels:
     levels = levels_from_json(base | dict(table))
     assert isinstance(levels, Levels)
     return levels
-
-
-def _train_config(table: Mapping[str, Any], path: Path) -> TrainConfig:
-    derived = sorted({"steps", "warmup_steps"} & set(table))
-    if derived:
-        raise ConfigError(f"{path}: train.{derived[0]} follows from the table schedule; write it there.")
-    base = Recipe().train
-    values = {name: getattr(base, name) for name in TrainConfig.__dataclass_fields__} | dict(table)
-    betas = values["betas"]
-    if not isinstance(betas, (list, tuple)) or len(betas) != len(base.betas):
-        raise ConfigError(f"{path}: train.betas={betas!r} must be two numbers, such as {list(base.betas)}.")
-    return from_mapping(TrainConfig, values | {"betas": tuple(betas)})
 
 
 def parse_size(given: str) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,7 +68,3 @@ class OnnxRuntime:
             self._open(optimized_model_filepath=str(path))
             nodes = onnx.load(str(path)).graph.node
         return {node.name or f"{node.op_type}_{index}": node.op_type for index, node in enumerate(nodes)}
-
-    def __repr__(self) -> str:
-        """The runtime and its threads."""
-        return json.dumps({"runtime": self.runtime, "version": self.version, "threads": self._threads})
