@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from trilevel.artifact.export.quantized import store_transposed, translation_table
+from trilevel.artifact.runtime.onnxruntime import SESSION_ENTRIES
+from trilevel.artifact.runtime.openvino import openvino_core
 from trilevel.compression.layers import Reads
 from trilevel.compression.quantize import QuantizeConfig, freeze, quantize, quantized_bytes
 from trilevel.model.ffn import FeedForward
@@ -119,8 +121,8 @@ class Exported:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         options.optimized_model_filepath = str(optimized)
-        # else weights alone are multiplied with activations that the runtimes round themselves
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        for entry, value in SESSION_ENTRIES.items():
+            options.add_session_config_entry(entry, value)
         self.session = ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         self.optimized = [node.op_type for node in onnx.load(str(optimized)).graph.node]
         hints = {
@@ -128,7 +130,7 @@ class Exported:
             "INFERENCE_NUM_THREADS": 1,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         }
-        self.compiled = ov.Core().compile_model(str(self.path), "CPU", hints)
+        self.compiled = openvino_core().compile_model(str(self.path), "CPU", hints)
 
     def run(self, ids: Tensor) -> dict[str, Tensor]:
         fed = {self.session.get_inputs()[0].name: ids.numpy()}
@@ -223,11 +225,11 @@ def test_the_error_is_that_of_nncf(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = nncf.quantize(
-            ov.Core().read_model(str(path)),
+            openvino_core().read_model(str(path)),
             nncf.Dataset(batches, lambda batch: [batch.numpy()]),
             model_type=nncf.ModelType.TRANSFORMER,
         )
-    compiled = ov.Core().compile_model(theirs, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(theirs, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     reference = error(torch.from_numpy(np.array(compiled([ids.numpy()])[0])))
     for activations in ("int8", "uint8"):
         config = QuantizeConfig(activations=activations, quantize_embeddings=False)

@@ -159,6 +159,25 @@ sys.exit("torch" in sys.modules)
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_signals_are_heard_after_a_runtime_was_closed(mean_artifact: Artifact, first: int) -> None:
+    code = f"""
+import gc, os, signal
+from trilevel.artifact.manifest import read_artifact
+from trilevel.artifact.runtime.predictor import load_predictor
+artifact = read_artifact({str(mean_artifact.path)!r})
+opened = [load_predictor(artifact, "openvino", threads=1) for _ in range(2)]
+heard = []
+signal.signal(signal.SIGINT, lambda *given: heard.append(given))
+for turn in ({first}, 0):
+    del opened[turn]
+    gc.collect()
+    os.kill(os.getpid(), signal.SIGINT)
+assert len(heard) == 2
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_what_cannot_be_exported_is_named() -> None:
     layers = torch.nn.ModuleDict({"first": MultiLevelAttention(24, 3, levels=Levels(mode="strict"))})
     with pytest.raises(ConfigError, match="first has mode='strict'"):

@@ -91,6 +91,11 @@ class QuantizedLinear(nn.Linear):
     """A linear map that rounds its weight and, with an `InputGrid`, its input whenever it runs; the bias stays float.
 
     8 bits: a scale for each output, -127..127. 4 bits: a scale for each group of inputs of each output, -8..7.
+
+    Where the input is rounded as well, the weights of inputs 2k and 2k + 1 are at most 128 together: x86 processors
+    without integer dot products (VNNI) add the products of such a pair in 16 bits and cut the sum off, without a word
+    (255 x 128 < 2**15). Training keeps to it, for the scale grows with the weights (decision 0014).
+
     `weight` stays a float parameter, the master that training moves (straight-through gradients). Made by `of`.
     """
 
@@ -137,7 +142,9 @@ class QuantizedLinear(nn.Linear):
     def scale(self) -> Tensor:
         """`(out,)` for 8 bits, `(out, groups)` for 4."""
         learned: Tensor | None = getattr(self, "weight_log_scale", None)
-        return self.weight_scale if learned is None else learned.exp()
+        scale = self.weight_scale if learned is None else learned.exp()
+        has_products_in_integers = self.bits == 8 and self.reads.input_scale is not None
+        return torch.maximum(scale, _scale_of_pairs(self.weight.detach())) if has_products_in_integers else scale
 
     def rounded_weight(self) -> Tensor:
         """What the weight counts for, `(out, in)`."""
@@ -286,6 +293,12 @@ def _scale_8bit(weight: Tensor) -> Tensor:
     largest = weight.abs().amax(1)
     scale: Tensor = torch.where(largest > 0, largest / WEIGHT_LIMITS[8][1], 1)
     return scale
+
+
+def _scale_of_pairs(weight: Tensor) -> Tensor:
+    """The smallest scale of each row at which no two neighbours round to integers of more than 128 together."""
+    # rounding adds one half each
+    return _groups(weight.abs(), 2).sum(2).amax(1) / 127
 
 
 def _groups(weight: Tensor, group_size: int) -> Tensor:

@@ -15,6 +15,14 @@ from trilevel.artifact.runtime.predictor import Precision, check_inputs
 from trilevel.errors import ArtifactError, require
 
 
+SESSION_ENTRIES = {
+    # a process that waits busily takes the cores of the others
+    "session.intra_op.allow_spinning": "0",
+    # 4-bit weights are multiplied with float activations; else they would be rounded to 8 bits unasked
+    "session.qdq_matmulnbits_accuracy_level": "1",
+}
+
+
 class OnnxRuntime:
     """An artifact's graph in ONNX Runtime.
 
@@ -42,12 +50,12 @@ class OnnxRuntime:
         settings = self._ort.SessionOptions()
         # errors are raised; warnings are about graphs, which the user did not write
         settings.log_severity_level = 3
-        # a process that waits busily takes the cores of the others
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        for entry, value in SESSION_ENTRIES.items():
+            settings.add_session_config_entry(entry, value)
         if self._threads is not None:
             settings.intra_op_num_threads = self._threads
-        for name, value in options.items():
-            setattr(settings, name, value)
+        for name, choice in options.items():
+            setattr(settings, name, choice)
         try:
             return self._ort.InferenceSession(str(self._path), settings, providers=["CPUExecutionProvider"])
         # its errors have classes of their own, derived from Exception alone
