@@ -14,7 +14,6 @@ from trilevel.artifact.probe import Arrays
 from trilevel.artifact.runtime.predictor import Precision, check_inputs
 from trilevel.errors import ArtifactError, require
 
-
 SESSION_ENTRIES = {
     # a process that waits busily takes the cores of the others
     "session.intra_op.allow_spinning": "0",
