@@ -281,7 +281,8 @@ def test_evaluation_runs_at_checkpoints_and_changes_nothing(tmp_path: Path) -> N
     assert [row["evaluation_accuracy"] for row in rows(result.log)] == ["", "0.5", "", "0.5"]
 
 
-def test_bf16_keeps_float32_weights(tmp_path: Path) -> None:
+def test_bf16_keeps_float32_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trilevel.training.loop.has_fast_products", lambda _dtype: True)
     types: list[torch.dtype] = []
 
     def watch(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -294,6 +295,12 @@ def test_bf16_keeps_float32_weights(tmp_path: Path) -> None:
     run(model, tmp_path, config=config(precision="bf16-mixed"), objective=watch)
     assert set(types) == {torch.bfloat16}
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_bf16_without_hardware_is_said_to_be_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trilevel.training.loop.has_fast_products", lambda _dtype: False)
+    with pytest.warns(UserWarning, match="on a processor without bfloat16"):
+        run(Toy(), tmp_path, config=config(steps=1, precision="bf16-mixed"))
 
 
 def test_progress_shows_steps_and_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

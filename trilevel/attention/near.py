@@ -26,7 +26,7 @@ RUN_ELEMENTS = 512 * 1024
 def near_attention(call: Call, geometry: Geometry, q: Tensor, k: Tensor, v: Tensor, block: int, into: Tensor) -> Tensor:
     """Attention of every query to near(i), written to `into` (batch, heads, tokens, dim), which is returned."""
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-    by_products = _has_fast_products(q.dtype)
+    by_products = has_fast_products(q.dtype)
     heads_at_once = q.shape[1] // k.shape[1] if by_products else q.shape[1]
     step = block * max(1, RUN_ELEMENTS // (heads_at_once * q.shape[3] * block))
     for rows, is_inner in _runs(q.shape[2], call.levels.radius, block, step):
@@ -95,7 +95,7 @@ def _by_products(run: _Blocks, scale: float, into: Tensor) -> None:
 
 
 @cache
-def _has_fast_products(dtype: torch.dtype) -> bool:
+def has_fast_products(dtype: torch.dtype) -> bool:
     """Whether batched products of this type run in a library that has them for this processor."""
     if dtype == torch.bfloat16:
         return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
