@@ -122,6 +122,6 @@ def test_the_fused_kernel_runs_the_windows_without_fast_products(
 @pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize("kind", ["windows", "wide"])
 def test_fused_windows(kind: str, kv_heads: int, padding: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near, "_has_fast_products", lambda _: False)
+    monkeypatch.setattr(near, "has_fast_products", lambda _: False)
     case = Case(name=kind, tokens=211, kv_heads=kv_heads, padding=padding, scale=0.37, **STREAMED[kind])
     assert_same(inputs(case))
