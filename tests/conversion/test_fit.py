@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from tests.conversion.dense import dense_encoder, ids
 from trilevel.attention.levels import Levels
-from trilevel.conversion.fit import DistillBatches, Trained, distillation, train_only, without_dropout
+from trilevel.conversion.fit import DistillBatches, Trained, distillation, train_only
 from trilevel.conversion.sentence import Sentence
 from trilevel.errors import ConfigError
 from trilevel.model.encoder import with_levels
+from trilevel.training.dropout import without_dropout
 
 
 def padded(sequences: list[Tensor], padding_id: int) -> dict[str, Tensor]:

@@ -8,11 +8,11 @@ import typer
 from typer.core import TyperGroup
 
 import trilevel
-from trilevel.cli import bench, convert, demo, evaluate, info, predict, summarize, train
+from trilevel.cli import bench, compress, convert, demo, evaluate, info, predict, summarize, train
 from trilevel.cli.exits import INTERRUPTED, USAGE_ERROR
 from trilevel.errors import TrilevelError
 
-COMMANDS = ("demo", "summarize", "convert", "train", "evaluate", "predict", "bench", "info")
+COMMANDS = ("demo", "summarize", "convert", "train", "compress", "evaluate", "predict", "bench", "info")
 
 
 class Commands(TyperGroup):
@@ -68,6 +68,7 @@ app.command("demo")(demo.demo)
 app.command("summarize")(summarize.summarize)
 app.command("convert")(convert.convert)
 app.add_typer(train.app, name="train")
+app.command("compress")(compress.compress)
 app.add_typer(evaluate.app, name="evaluate")
 app.command("predict")(predict.predict)
 app.add_typer(bench.app, name="bench")

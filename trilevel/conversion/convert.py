@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.conversion.assign import Classes, HeadClass, assign, assign_within
 from trilevel.conversion.converted import save_converted
-from trilevel.conversion.fit import DistillBatches, Trained, distillation, train_only, without_dropout
+from trilevel.conversion.fit import DistillBatches, Trained, distillation, train_only
 from trilevel.conversion.judge import Costs, Quality, compare, costs_at, head_costs
 from trilevel.conversion.multilevel import convertible, with_classes
 from trilevel.conversion.profile import Forward, HeadProfile, Progress, fit_scorers, profile_heads
@@ -27,6 +27,7 @@ from trilevel.conversion.source import Source
 from trilevel.errors import ConfigError, InputError, QualityError
 from trilevel.model.encoder import Encoder
 from trilevel.training.config import TrainConfig
+from trilevel.training.dropout import without_dropout
 from trilevel.training.loop import fit
 
 

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trilevel.compression.checkpoint import holds_integers
+from trilevel.compression.quantize import load_frozen
 from trilevel.conversion.sentence import Sentence
 from trilevel.conversion.settings import read_table
 from trilevel.conversion.source import PREPROCESSOR_FILE, Source
@@ -94,14 +96,20 @@ def read_converted(folder: str | Path) -> Source:
     try:
         kept = {name: config["converted"][name] for name in (*_KEPT, "sentence")}
         kept["sentence"] = from_mapping(Sentence, kept["sentence"])
-        encoder = bare_encoder(EncoderConfig.from_dict(config["encoder"]))
+        sizes = EncoderConfig.from_dict(config["encoder"])
+        encoder = bare_encoder(sizes)
     except (KeyError, TypeError, ValueError) as error:
         where = path / CONFIG_FILE
         raise CheckpointError(f"{where} describes no converted encoder ({error}). Convert again.") from error
     weights = read_tensors(path, MODEL_FILE, manifest)
     try:
-        encoder.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
+        if holds_integers(weights):
+            frozen = load_frozen(Encoder(sizes), weights)
+            assert isinstance(frozen, Encoder)
+            encoder = frozen
+        else:
+            encoder.load_state_dict(weights, assign=True)
+    except (RuntimeError, CheckpointError) as error:
         raise CheckpointError(f"{path} does not fit its own configuration ({error}). Convert again.") from error
     tokenizer = None
     if TOKENIZER_FILE in manifest["files"]:

@@ -74,19 +74,6 @@ def train_only(encoder: nn.Module, which: Trained) -> int:
     return count
 
 
-@contextmanager
-def without_dropout(encoder: nn.Module) -> Iterator[None]:
-    """The teacher's output is without noise, so the student learns without; what was set is set again afterwards."""
-    rates = {part: part.p for part in encoder.modules() if isinstance(part, nn.Dropout)}
-    try:
-        for part in rates:
-            part.p = 0.0
-        yield
-    finally:
-        for part, rate in rates.items():
-            part.p = rate
-
-
 def distillation(teacher: Encoder, student: Encoder, sentence: Sentence, *, hidden_weight: float = 1.0) -> Objective:
     """The objective `(wrapped student, batch) -> losses` of `trilevel.training.loop.fit`.
 

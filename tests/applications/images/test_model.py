@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from trilevel.applications.images.batches import ImageBatches, augment
 from trilevel.applications.images.model import Classified, ImageClassifier, ImageClassifierConfig
-from trilevel.applications.images.objective import LossConfig, distance, distilled, divergence, supervised
+from trilevel.applications.images.objective import LossConfig, distilled, supervised
 from trilevel.applications.images.score import logits_of, with_channels
 from trilevel.attention.levels import LevelRatio, Levels
+from trilevel.compression.distill import distance, divergence
 from trilevel.errors import ConfigError, InputError, ShapeError
 from trilevel.model.config import EncoderConfig
 from trilevel.model.encoder import Encoder

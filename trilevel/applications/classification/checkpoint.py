@@ -10,9 +10,10 @@ from typing import Any
 
 from trilevel.applications.classification.data import Columns
 from trilevel.applications.classification.model import Classifier, ClassifierConfig
+from trilevel.compression.checkpoint import load_compressed
 from trilevel.conversion.source import Source
 from trilevel.errors import CheckpointError, ConfigError, require
-from trilevel.model.checkpoint import has_checkpoint, load_checkpoint, read_config
+from trilevel.model.checkpoint import has_checkpoint, read_config
 from trilevel.model.config import from_mapping
 
 CHECKPOINT_FOLDER, TOKENIZER_FILE = "checkpoint", "tokenizer.json"
@@ -123,7 +124,8 @@ def load_run(path: str | Path) -> Run:
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint}: its configuration is not understood: {error}") from error
     tokenizer = _read_tokenizer(folder / TOKENIZER_FILE, str(config.get("tokenizer_sha256")))
-    state = load_checkpoint(checkpoint, model=model).state
+    model, loaded = load_compressed(checkpoint, model)
+    state = loaded.state
     step = int(state.get("step", 0))
     steps = int(state.get("course", {}).get("steps", step))
     return Run(folder=folder, model=model.eval(), tokenizer=tokenizer, origin=origin, step=step, steps=steps)

@@ -13,8 +13,9 @@ from trilevel.applications.documents.backbone import Backbone
 from trilevel.applications.documents.model import DocumentConfig, DocumentModel
 from trilevel.applications.documents.pretrained_encoder import load_pretrained
 from trilevel.applications.documents.tokenizer import DocumentTokenizer, load_tokenizer
+from trilevel.compression.checkpoint import load_compressed
 from trilevel.errors import CheckpointError, ConfigError
-from trilevel.model.checkpoint import load_checkpoint, read_config, save_checkpoint
+from trilevel.model.checkpoint import read_config, save_checkpoint
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 MINILM = Path(__file__).parent / "pretrained-minilm"
@@ -56,8 +57,7 @@ def load_model(path: str | Path | None = None) -> DocumentModel:
         model = DocumentModel(DocumentConfig.from_dict(read_config(folder)))
     except ConfigError as error:
         raise CheckpointError(f"{folder}: its configuration is not understood: {error}") from error
-    load_checkpoint(folder, model=model)
-    return model.eval()
+    return load_compressed(folder, model)[0].eval()
 
 
 def shipped_tokenizer() -> DocumentTokenizer:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from trilevel.applications.images.model import ImageClassifier, ImageClassifierConfig
+from trilevel.compression.checkpoint import load_compressed
 from trilevel.errors import CheckpointError, ConfigError
-from trilevel.model.checkpoint import MODEL_FILE, has_checkpoint, load_checkpoint, read_config
+from trilevel.model.checkpoint import MODEL_FILE, has_checkpoint, read_config
 from trilevel.model.config import from_mapping
 from trilevel.model.folder import find_folder, sha256_of
 
@@ -114,7 +115,8 @@ def load_run(path: str | Path) -> Run:
         origin = from_mapping(Origin, config["origin"])
     except ConfigError as error:
         raise CheckpointError(f"{checkpoint}: its configuration is not understood: {error}") from error
-    state = load_checkpoint(checkpoint, model=model).state
+    model, loaded = load_compressed(checkpoint, model)
+    state = loaded.state
     step = int(state.get("step", 0))
     steps = int(state.get("course", {}).get("steps", step))
     return Run(folder=folder, model=model.eval(), origin=origin, step=step, steps=steps)

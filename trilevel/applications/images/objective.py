@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trilevel.applications.images.model import ImageClassifier
+from trilevel.compression.distill import distance, divergence
 from trilevel.errors import ConfigError
 from trilevel.training.objectives import sequence_loss
 
@@ -84,21 +84,6 @@ def distilled(loss: LossConfig, teacher: ImageClassifier, student: ImageClassifi
         return {"loss": total, **parts, "accuracy": _accuracy(found.logits, batch["labels"])}
 
     return objective
-
-
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of softened answers from logits (batch, classes), times the squared temperature.
-
-    The square keeps the size of its gradient independent of the temperature.
-    """
-    said = F.log_softmax(student.float() / temperature, dim=-1)
-    wanted = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return F.kl_div(said, wanted, reduction="batchmean", log_target=True) * temperature**2
-
-
-def distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of vectors, as a share of the teacher's mean square."""
-    return F.mse_loss(student.float(), teacher.float()) / teacher.float().square().mean().clamp(min=1e-12)
 
 
 def check_alike(teacher: ImageClassifier, student: ImageClassifier, *, with_hidden: bool) -> None:

@@ -1,0 +1,1 @@
+"""Encoders of text that are used for their vectors."""
