@@ -100,10 +100,10 @@ def test_padding_in_front_is_refused() -> None:
         multi_level_attention(*vectors, levels=LEVELS, impl="graph", **options)
 
 
-@pytest.mark.parametrize("levels", [LEVELS, None])
-def test_one_exported_program_for_every_length(levels: Levels | None) -> None:
+@pytest.mark.parametrize(("levels", "dense"), [(LEVELS, 0), (LEVELS, 1), (None, 0)])
+def test_one_exported_program_for_every_length(levels: Levels | None, dense: int) -> None:
     torch.manual_seed(3)
-    layer = MultiLevelAttention(24, 3, levels=levels, rope_theta=100.0, impl="graph").eval()
+    layer = MultiLevelAttention(32, 4, levels=levels, num_dense_heads=dense, rope_theta=100.0, impl="graph").eval()
 
     class Masked(torch.nn.Module):
         def __init__(self) -> None:
@@ -117,11 +117,12 @@ def test_one_exported_program_for_every_length(levels: Levels | None) -> None:
     def given(batch: int, tokens: int) -> tuple[Tensor, Tensor]:
         padding = torch.zeros(batch, tokens, dtype=torch.bool)
         padding[1:, tokens * 3 // 4 :] = True
-        return torch.randn(batch, tokens, 24), padding
+        return torch.randn(batch, tokens, 32), padding
 
     dims = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     with torch.no_grad():
         program = torch.export.export(Masked(), given(2, 53), dynamic_shapes=(dims, dims), strict=False).module()
+        assert not [node.name for node in program.graph.nodes if "scatter" in node.name]
         # the program asks for two blocks of queries; ONNX does not (tests/artifact)
         for size in ((1, 64), (3, 41), (2, 131)):
             x, padding = given(*size)

@@ -15,6 +15,7 @@ from trilevel.attention.api import Impl, dense_attention, dense_call, multi_leve
 from trilevel.attention.cache import DecodeCache
 from trilevel.attention.cost import Cost, attention_cost
 from trilevel.attention.geometry import make_geometry, make_slots
+from trilevel.attention.impl import graph
 from trilevel.attention.levels import HeadSplit, Levels
 from trilevel.attention.library import is_available
 from trilevel.attention.rope import rotary, rotary_tables
@@ -194,11 +195,11 @@ class MultiLevelAttention(nn.Module):
         if self.levels is None:
             if explain:
                 raise ConfigError("explain=True needs levels; this layer is dense (levels=None).")
-            return self._merged(dense_attention(dense_call(q, k, v, **masks)))
+            return self._merged(self._dense(q, k, v, masks))
         dense = None
         if self.num_dense_heads:
             (q, dense_q), (k, dense_k), (v, dense_v) = (self.without_dense(part) for part in (q, k, v))
-            dense = dense_attention(dense_call(dense_q, dense_k, dense_v, **masks))
+            dense = self._dense(dense_q, dense_k, dense_v, masks)
         needs_score = hasattr(self, "scorer")
         score = self.scorer(x).squeeze(-1) if needs_score else None
         attended = multi_level_attention(
@@ -347,6 +348,12 @@ class MultiLevelAttention(nn.Module):
         """Heads with levels and dense heads of queries, or their groups of keys or values."""
         dense = self.num_dense_heads * x.shape[1] // self.num_heads
         return x[:, :-dense], x[:, -dense:]
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, masks: dict[str, Any]) -> Tensor:
+        call = dense_call(q, k, v, **masks)
+        # torch's own marks rows that see NaN by adding into places, for which TensorRT has no operator
+        is_exported = self.impl == "graph" and graph.obstacle(call) is None
+        return graph.dense(call) if is_exported else dense_attention(call)
 
     def _tables(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         assert self.rope_theta is not None
