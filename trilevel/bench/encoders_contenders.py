@@ -96,7 +96,7 @@ class EncoderContender:
 
 
 def _materialised_bert(models: Models, dtype: torch.dtype) -> Encode:
-    return _bert(models, dtype, attention="eager")
+    return bert(models, dtype, attention="eager")
 
 
 def contenders() -> list[EncoderContender]:
@@ -123,7 +123,7 @@ def contenders() -> list[EncoderContender]:
             name="transformers sdpa",
             scope="MiniLM in BertModel, its table of positions repeated",
             kind="dense",
-            build=partial(_bert, attention="sdpa"),
+            build=partial(bert, attention="sdpa"),
             define=_materialised_bert,
             package="transformers",
         ),
@@ -131,7 +131,7 @@ def contenders() -> list[EncoderContender]:
             name="transformers eager",
             scope="the same, attention materialised",
             kind="dense",
-            build=partial(_bert, attention="eager"),
+            build=partial(bert, attention="eager"),
             define=_materialised_bert,
             # scores, scaled scores and their softmax, which is float32 in any precision
             peak_bytes=lambda tokens, size: 12 * tokens**2 * (2 * size + 4),
@@ -141,7 +141,7 @@ def contenders() -> list[EncoderContender]:
             name="transformers, attention by trilevel",
             scope='the same with attn_implementation="trilevel", exact',
             kind="dense",
-            build=partial(_bert, attention="trilevel"),
+            build=partial(bert, attention="trilevel"),
             define=_materialised_bert,
             package="transformers",
         ),
@@ -224,7 +224,8 @@ def _blocked(encoder: Encoder) -> Encoder:
     return own
 
 
-def _bert(models: Models, dtype: torch.dtype, *, attention: str) -> Encode:
+def bert(models: Models, dtype: torch.dtype, *, attention: str) -> Encode:
+    """MiniLM in transformers, its table of positions repeated up to the tokens of `models`."""
     transformers = require("transformers", extra="bench")
     _register()
     # its pooler runs along, on one token

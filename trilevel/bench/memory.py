@@ -30,12 +30,22 @@ def peak_memory_bytes(prepare: str, *args: Any, timeout_s: float = 120.0) -> int
     Raises:
         ImplementationError: the process failed, ran out of time, or this is no Linux.
     """
+    return _in_process(prepare, args, timeout_s)[1]
+
+
+def peak_process_bytes(prepare: str, *args: Any, timeout_s: float = 120.0) -> int:
+    """As `peak_memory_bytes`, but of all that the process ever held: interpreter, libraries and weights included."""
+    return _in_process(prepare, args, timeout_s)[0]
+
+
+def _in_process(prepare: str, args: tuple[Any, ...], timeout_s: float) -> tuple[int, int]:
     if not STATUS.exists():
         raise ImplementationError("peak memory is read from /proc, which only Linux has. Leave --memory out.")
     command = [sys.executable, "-m", "trilevel.bench.memory", prepare, json.dumps(args)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=True)
-        return int(done.stdout.splitlines()[-1])
+        whole, rise = map(int, done.stdout.splitlines()[-1].split())
+        return whole, rise
     except subprocess.TimeoutExpired as error:
         raise ImplementationError(f"{prepare}{args} took more than {timeout_s:.0f} s. Raise timeout_s.") from error
     except subprocess.CalledProcessError as error:
@@ -48,16 +58,18 @@ def _status_bytes(name: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def _measure(prepare: str, args: list[Any]) -> int:
+def _measure(prepare: str, args: list[Any]) -> tuple[int, int]:
     module, _, name = prepare.partition(":")
     function: Callable[..., Callable[[], object]] = getattr(import_module(module), name)
     run = function(*args)
-    before = _status_bytes("VmRSS")
+    before, loading = _status_bytes("VmRSS"), _status_bytes("VmHWM")
     # 5 resets the high-water mark, so that making the inputs does not count
     CLEAR_REFS.write_text("5", encoding="ascii")
     run()
-    return max(0, _status_bytes("VmHWM") - before)
+    peak = _status_bytes("VmHWM")
+    return max(peak, loading), max(0, peak - before)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{_measure(sys.argv[1], json.loads(sys.argv[2]))}\n")
+    whole, rise = _measure(sys.argv[1], json.loads(sys.argv[2]))
+    sys.stdout.write(f"{whole} {rise}\n")

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import trilevel
-from trilevel.conversion.embedder import Embedder, batches
+from trilevel.conversion.embedder import Embedder
+from trilevel.data.token_rows import batches
 from trilevel.errors import InputError
 from trilevel.model.encoder import Encoder
 

@@ -91,6 +91,35 @@ def encoders(
 
 
 @app.command()
+def compression(
+    as_json: Json = False,
+    smoke: Smoke = False,
+    out: Out = None,
+    threads: Threads = None,
+    encoder: Annotated[
+        Path | None, typer.Option(help="A converted MiniLM; default: one whose heads are not profiled, as fast.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Keep the graphs here for the next run; else they are made anew (5 min).")
+    ] = None,
+) -> None:
+    """INT8 encoders, ours and others', at 512 and 8,192 tokens: speed, memory, share of int8 peak (about 20 min)."""
+    import dataclasses
+
+    import torch
+
+    from trilevel.bench.compression import CompressionCase, compression_table, run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    case = CompressionCase.smoke() if smoke else CompressionCase()
+    case = dataclasses.replace(case, folder=None if encoder is None else str(encoder), work=work)
+    with progress_bar() as progress:
+        report = run(case, progress)
+    _finish(report, [compression_table(report)], as_json=as_json, out=out)
+
+
+@app.command()
 def retrieval(
     encoder: Annotated[Path, typer.Option(help="The converted MiniLM, a folder of `trilevel convert`.")],
     as_json: Json = False,
