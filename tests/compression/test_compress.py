@@ -186,7 +186,7 @@ def test_stopped_outside_of_training_it_says_what_is_kept(
 
     with monkeypatch.context() as patched:
         patched.setattr(stages, "quantize", stop)
-        with pytest.raises(KeyboardInterrupt, match=r"finished stages are kept in .*stages\. Run the same command again"):
+        with pytest.raises(KeyboardInterrupt, match=r"finished stages are kept in .*stages\. Run the same"):
             compressed(run, tmp_path / "out", ROUNDED)
     compressed(run, tmp_path / "out", ROUNDED)
 

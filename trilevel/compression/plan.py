@@ -24,9 +24,13 @@ _NONE = "none"
 _OPTIONAL = ("activations", "smooth")
 
 
-def _train() -> TrainConfig:
+# what a quantized model lost is little, and steps that suit a pruned one lose more
+_RATES: dict[Name, float] = {"prune": 3e-4, "distill": 3e-4, "quantize": 2e-5}
+
+
+def _train(learning_rate: float = _RATES["prune"]) -> TrainConfig:
     return TrainConfig(
-        steps=1, learning_rate=3e-4, final_fraction=0.0, weight_decay=0.01, betas=(0.9, 0.999), checkpoint_every=100
+        steps=1, learning_rate=learning_rate, final_fraction=0.0, betas=(0.9, 0.999), checkpoint_every=100
     )
 
 
@@ -164,7 +168,7 @@ def read_plan(path: str | Path) -> CompressionPlan:
     stages, losses = [], None
     for name in (name for name in ORDER if name in tables):
         table = _table(tables[name], name, path)
-        recovery = _recovery(table.pop("train", {}), f"{name}.train", path)
+        recovery = _recovery(table.pop("train", {}), name, path)
         scan, config = None, None
         if name == "quantize":
             scan = _scan(table, path)
@@ -205,13 +209,14 @@ def _scan(table: dict[str, Any], path: Path) -> Scan | None:
     return scan
 
 
-def _recovery(given: Any, name: str, path: Path) -> Recovery:
+def _recovery(given: Any, stage: Name, path: Path) -> Recovery:
+    name = f"{stage}.train"
     table = _table(given, name, path)
     own = {key: table.pop(key) for key in ("steps", "epochs", "warmup_fraction") if key in table}
     for key in {"warmup_steps": "warmup_fraction", "seed": "the option --seed"}.items():
         if key[0] in table:
             raise ConfigError(f"{path}: [{name}] {key[0]} follows from {key[1]}; leave it out.")
-    train = _said(lambda: train_config(_train(), table, path), f"[{name}] ", path)
+    train = _said(lambda: train_config(_train(_RATES[stage]), table, path), f"[{name}] ", path)
     recovery: Recovery = _said(lambda: from_mapping(Recovery, own | {"train": train}), f"[{name}] ", path)
     if table and recovery.is_empty:
         raise ConfigError(f"{path}: [{name}] says how to train but not how long; add steps or epochs.")

@@ -186,7 +186,7 @@ def _weights_sha256(source: Source) -> str:
     """Of the encoder as it is: a converted one keeps the hash of its original in `sha256`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(source.encoder.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
