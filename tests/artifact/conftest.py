@@ -18,19 +18,25 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> P
     return base if worker_id == "master" else base.parent
 
 
-def _made_once(shared_folder: Path, name: str, *, is_dense: bool) -> Artifact:
+def _made_once(shared_folder: Path, name: str, **kind: bool) -> Artifact:
     with FileLock(shared_folder / f"{name}.lock"):
         folder = shared_folder / name
-        return read_artifact(folder) if is_artifact(folder) else write_mean(folder, is_dense=is_dense)
+        return read_artifact(folder) if is_artifact(folder) else write_mean(folder, **kind)
 
 
 @pytest.fixture(scope="session")
 def mean_artifact(shared_folder: Path) -> Artifact:
     """Two layers with local, regional and global heads."""
-    return _made_once(shared_folder, "mean", is_dense=False)
+    return _made_once(shared_folder, "mean")
 
 
 @pytest.fixture(scope="session")
 def dense_artifact(shared_folder: Path) -> Artifact:
     """The same with dense attention."""
     return _made_once(shared_folder, "mean-dense", is_dense=True)
+
+
+@pytest.fixture(scope="session")
+def int8_artifact(shared_folder: Path) -> Artifact:
+    """One layer, with integer weights and activations."""
+    return _made_once(shared_folder, "mean-int8", is_int8=True)

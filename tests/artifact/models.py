@@ -14,6 +14,7 @@ from trilevel.artifact.export.onnx import export_onnx
 from trilevel.artifact.manifest import MODEL_FILE, PROBE_FILE, Artifact, Manifest, write_artifact
 from trilevel.artifact.probe import Probe, write_probes
 from trilevel.attention.levels import LevelRatio, Levels
+from trilevel.compression.quantize import QuantizeConfig, freeze, quantize
 from trilevel.model.config import EncoderConfig
 from trilevel.model.encoder import Encoder
 
@@ -28,11 +29,12 @@ AXES: Mapping[str, tuple[int | str, ...]] = {
 class Mean(nn.Module):
     """Mean of the real tokens of an encoder."""
 
-    def __init__(self, levels: Levels | None) -> None:
+    def __init__(self, levels: Levels | None, num_layers: int = 2) -> None:
         super().__init__()
         torch.manual_seed(5)
-        config = EncoderConfig(vocab_size=53, dim=24, num_heads=3, num_layers=2, levels=levels, max_tokens=512)
-        self.encoder = Encoder(config)
+        self.encoder = Encoder(
+            EncoderConfig(vocab_size=53, dim=24, num_heads=3, num_layers=num_layers, levels=levels, max_tokens=512)
+        )
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids, padding_mask=attention_mask == 0)
@@ -57,9 +59,12 @@ def mean_model(is_dense: bool = False) -> Mean:
 
 def probe(batch: int, tokens: int, *, is_dense: bool = False) -> Probe:
     """Inputs, and what torch makes of them."""
-    inputs = call(batch, tokens)
+    return _probe(mean_model(is_dense), call(batch, tokens))
+
+
+def _probe(model: nn.Module, inputs: Mapping[str, Tensor]) -> Probe:
     with torch.no_grad():
-        found = mean_model(is_dense)(**inputs)
+        found = model(**inputs)
     return Probe(inputs={name: x.numpy() for name, x in inputs.items()}, outputs={"vector": found.numpy()})
 
 
@@ -67,21 +72,28 @@ def _copy(source: Path, path: Path) -> None:
     path.write_bytes(source.read_bytes())
 
 
-def write_mean(folder: Path, *, is_dense: bool = False) -> Artifact:
+@cache
+def int8_model() -> nn.Module:
+    """A model of one layer with integer weights and activations."""
+    batches, config = [call(2, 53), call(3, 17), call(1, 127)], QuantizeConfig(weight_bits=7)
+    return freeze(quantize(Mean(LEVELS, num_layers=1).eval(), config, batches, lambda model, batch: model(**batch)))
+
+
+def write_mean(folder: Path, *, is_dense: bool = False, is_int8: bool = False) -> Artifact:
     """An artifact of the model."""
-    model = mean_model(is_dense)
+    model = int8_model() if is_int8 else mean_model(is_dense)
     graph = folder.with_suffix(".onnx")
     inputs, outputs = export_onnx(model, call(2, 53), AXES, graph, output="vector")
     manifest = Manifest(
         task="embedding",
         name="mean",
         trilevel=trilevel.__version__,
-        precision="float32",
-        target=None,
+        precision="int8" if is_int8 else "float32",
+        target="portable" if is_int8 else None,
         inputs=inputs,
         outputs=outputs,
     )
-    probes = [probe(2, 61, is_dense=is_dense), probe(1, 7, is_dense=is_dense)]
+    probes = [_probe(model, call(2, 61)), _probe(model, call(1, 7))]
     return write_artifact(
         folder,
         manifest,

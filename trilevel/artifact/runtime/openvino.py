@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -36,6 +37,7 @@ class OpenVino:
         artifact: of `read_artifact`.
         threads: that a call may use; None for one a core.
         precision: of what is not quantized.
+        path: of another file with the same graph, as `export_openvino` writes; None for the artifact's own.
 
     Raises:
         MissingExtraError: openvino is not installed.
@@ -50,6 +52,7 @@ class OpenVino:
         *,
         threads: int | None = None,
         precision: Precision = "float32",
+        path: Path | None = None,
     ) -> None:
         openvino = require("openvino", extra="openvino")
         self.version: str = openvino.__version__.partition("-")[0]
@@ -59,7 +62,7 @@ class OpenVino:
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
-        path = artifact.file(MODEL_FILE)
+        path = artifact.file(MODEL_FILE) if path is None else path
         try:
             self._model = core.compile_model(core.read_model(str(path)), "CPU", options)
         except RuntimeError as error:
