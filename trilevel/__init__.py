@@ -9,17 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trilevel.applications.artifacts import load
     from trilevel.attention.api import multi_level_attention
     from trilevel.attention.layer import MultiLevelAttention
     from trilevel.attention.levels import LevelRatio, Levels
 
 __version__ = "0.3.0"
-__all__ = ["LevelRatio", "Levels", "MultiLevelAttention", "__version__", "multi_level_attention"]
+__all__ = ["LevelRatio", "Levels", "MultiLevelAttention", "__version__", "load", "multi_level_attention"]
 
 _HOMES = {
     "LevelRatio": "trilevel.attention.levels",
     "Levels": "trilevel.attention.levels",
     "MultiLevelAttention": "trilevel.attention.layer",
+    "load": "trilevel.applications.artifacts",
     "multi_level_attention": "trilevel.attention.api",
 }
 

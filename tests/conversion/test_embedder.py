@@ -18,11 +18,11 @@ from tests.conversion.pretrained import WORDS, make, save, tokenizers
 from trilevel.attention.levels import Levels
 from trilevel.conversion.converted import save_converted
 from trilevel.conversion.embed import pooled
-from trilevel.conversion.embedder import Embedder, batches
+from trilevel.conversion.embedder import Embedder
 from trilevel.conversion.multilevel import with_classes
 from trilevel.conversion.sentence import Sentence
-from trilevel.conversion.sequences import cut
 from trilevel.conversion.source import Source, load_source
+from trilevel.data.token_rows import batches, cut
 from trilevel.errors import CheckpointError, ConfigError, InputError
 
 MEAN = Sentence()

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.conversion.pretrained import make, save
-from trilevel.conversion.sequences import check_text, cut, pad, pieces, split_off
+from trilevel.conversion.sequences import check_text, pad, pieces, split_off
 from trilevel.conversion.source import Source, load_source
+from trilevel.data.token_rows import cut
 from trilevel.errors import InputError
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trilevel.applications.kinds import Kind, kind_of
+from trilevel.applications.kinds import Kind, model_kind
 from trilevel.compression.task import CompressionTask
 from trilevel.errors import InputError
 
@@ -37,15 +37,7 @@ def load_task(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit} must be >= 1.")
-    return _LOADERS[_kind(checkpoint)](checkpoint, data, limit, options, progress)
-
-
-def _kind(checkpoint: str | Path) -> Kind:
-    folder = Path(checkpoint)
-    # what is no folder may be the name of a pretrained encoder, and one of those has its config.json
-    if not folder.exists() or ((folder / "config.json").is_file() and not (folder / "checkpoint").exists()):
-        return "embedding"
-    return kind_of(folder)
+    return _LOADERS[model_kind(checkpoint)](checkpoint, data, limit, options, progress)
 
 
 def _images(checkpoint: Any, data: Any, limit: Any, options: Any, progress: Progress) -> CompressionTask:

@@ -38,3 +38,12 @@ def kind_of(folder: str | Path) -> Kind:
     raise CheckpointError(
         f"{where} holds no model of trilevel's. Name a folder that `trilevel train`, `convert` or `compress` wrote."
     )
+
+
+def model_kind(name_or_path: str | Path) -> Kind:
+    """As `kind_of`; what is no folder of trilevel's is a pretrained encoder, by its name or folder."""
+    folder = Path(name_or_path)
+    # what is no folder may be the name of a pretrained encoder, and one of those has its config.json
+    if not folder.exists() or ((folder / "config.json").is_file() and not (folder / CHECKPOINT_FOLDER).exists()):
+        return "embedding"
+    return kind_of(folder)

@@ -86,6 +86,19 @@ class Manifest:
         return cls(**{**values, **tensors})
 
 
+def labels_of(manifest: Manifest) -> list[str]:
+    """Names of the classes, one for each of the output `logits`.
+
+    Raises:
+        ArtifactError: the manifest names others.
+    """
+    labels, output = manifest.settings.get("labels"), manifest.outputs.get("logits")
+    is_right = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not is_right or output is None or output.axes[-1:] != (len(labels or ()),):
+        raise ArtifactError(f"{MANIFEST_FILE}: labels are not as many texts as there are logits. {_EXPORT_AGAIN}")
+    return list(labels or ())
+
+
 _EXPORT_AGAIN = "Export the model again (trilevel export)."
 
 
@@ -141,11 +154,16 @@ def write_artifact(folder: str | Path, manifest: Manifest, files: Mapping[str, C
         ArtifactError: something else is there, the disk is full, ...; what was there is unchanged.
     """
     where = Path(folder)
-    if where.exists() and not is_artifact(where) and any(where.iterdir() if where.is_dir() else [where]):
-        raise ArtifactError(f"{where} exists and is no artifact; it is left alone. Choose another folder.")
+    check_free(where)
     assert set(files) <= FILES
     write_folder(where, files, manifest.to_dict(), ARTIFACT)
     return read_artifact(where)
+
+
+def check_free(folder: Path) -> None:
+    """Raise `ArtifactError` unless nothing is there, an empty folder, or an artifact, which may be replaced."""
+    if folder.exists() and not is_artifact(folder) and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise ArtifactError(f"{folder} exists and is no artifact; it is left alone. Choose another folder.")
 
 
 def read_artifact(folder: str | Path) -> Artifact:

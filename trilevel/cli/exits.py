@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+FAILED = 1
+"""What was checked is not as it should be."""
+
 USAGE_ERROR = 2
 """Whatever the user can put right: input, configuration, a checkpoint, a missing extra."""
 

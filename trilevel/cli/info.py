@@ -1,4 +1,4 @@
-"""`trilevel info`: what this machine can do and which parts of trilevel are installed."""
+"""`trilevel info`: what this machine can do and which parts of trilevel are installed; or what an artifact is."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ import importlib.metadata
 import json
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 
 def info(
+    artifact: Annotated[
+        Path | None, typer.Argument(help="Folder that `trilevel export` wrote; shown in place of the machine.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
     """Show what this machine can do: versions, instruction sets, memory, extras.
 
-    An extra is complete when each package it names is installed; for the others the missing packages are named.
+    An extra is complete when each package it names is installed; for the others the missing packages are named. Of an
+    artifact: its manifest, sizes, precision and levels; the hash of every file is compared.
     """
+    if artifact is not None:
+        from trilevel.cli.info_artifact import show
+
+        show(artifact, as_json=as_json)
+        return
     facts = collect()
     if as_json:
         typer.echo(json.dumps(facts))

@@ -8,11 +8,14 @@ import typer
 from typer.core import TyperGroup
 
 import trilevel
-from trilevel.cli import bench, compress, convert, demo, evaluate, info, predict, summarize, train
+from trilevel.cli import bench, compress, convert, demo, evaluate, export, info, predict, summarize, train, verify
 from trilevel.cli.exits import INTERRUPTED, USAGE_ERROR
 from trilevel.errors import TrilevelError
 
-COMMANDS = ("demo", "summarize", "convert", "train", "compress", "evaluate", "predict", "bench", "info")
+COMMANDS = (
+    *("demo", "summarize", "convert", "train", "compress", "export", "verify", "evaluate", "predict", "bench"),
+    "info",
+)
 
 
 class Commands(TyperGroup):
@@ -69,6 +72,8 @@ app.command("summarize")(summarize.summarize)
 app.command("convert")(convert.convert)
 app.add_typer(train.app, name="train")
 app.command("compress")(compress.compress)
+app.command("export")(export.export)
+app.command("verify")(verify.verify)
 app.add_typer(evaluate.app, name="evaluate")
 app.command("predict")(predict.predict)
 app.add_typer(bench.app, name="bench")

@@ -1,68 +1,119 @@
-"""`trilevel predict`: the classes of texts or images, as the run has it."""
+"""`trilevel predict`: the classes of texts or images, or the vectors of texts, by a run or an artifact."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
+
+from trilevel.cli.export import RuntimeName
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from trilevel.applications.classification.predict import Prediction
-    from trilevel.applications.images.predict import Prediction as ImagePrediction
+    from trilevel.applications.classification.predictions import Item, Prediction
+    from trilevel.applications.images.predictions import Prediction as ImagePrediction
 
 _SHOWN_CHARACTERS = 60
-_SHOWN_CLASSES = 3
+_SHOWN_CLASSES, _SHOWN_NUMBERS = 3, 4
+_TEXTS_AT_ONCE = 1_024
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="Folder that `trilevel train classification` or `train images` wrote.")],
+    run: Annotated[
+        Path, typer.Argument(help="Folder of `trilevel train classification`, `train images` or `trilevel export`.")
+    ],
     inputs: Annotated[
         list[str],
         typer.Argument(
             metavar="FILE_OR_TEXT...",
-            help="Texts; files of text; tables (CSV, TSV, JSONL). Or images; folders of them.",
+            help="Texts; files of text; tables (CSV, TSV, JSONL). Or images; folders of them. `-`: JSON lines.",
         ),
     ],
     text_column: Annotated[
         str | None, typer.Option(help="Column of a table with the text; default: the one of the training.")
     ] = None,
+    runtime: Annotated[
+        RuntimeName | None, typer.Option(help="Of an artifact; default: openvino on x86, else onnxruntime.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of an artifact; default: one a core.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
     """Print the class of each text or image and the softmax over the classes, which is not calibrated.
 
-    What the run was trained on decides what is read. A row without text has no class.
+    What the model was trained on decides what is read. A row without text has no class. An encoder gives vectors.
     """
-    from trilevel.applications.images.checkpoint import is_image_run
-    from trilevel.errors import ConfigError
+    from trilevel.artifact.manifest import is_artifact
 
-    if not is_image_run(run):
-        answers = _of_texts(run, inputs, text_column)
-    elif text_column is None:
-        answers = _of_images(run, inputs)
+    if is_artifact(run):
+        answers = _of_artifact(run, inputs, text_column, runtime, threads)
     else:
-        raise ConfigError(f"{run} classifies images, which have no column; leave --text-column out.")
+        answers = _of_run(run, inputs, text_column, has_options=runtime is not None or threads is not None)
     if json_lines:
         _print_json(answers)
     else:
         _print_table(answers)
 
 
+def _of_run(run: Path, inputs: list[str], text_column: str | None, *, has_options: bool) -> Iterator[_Answer]:
+    from trilevel.applications.images.checkpoint import is_image_run
+    from trilevel.errors import ConfigError
+
+    if has_options:
+        raise ConfigError(
+            f"{run} is no artifact, and runs in torch; leave --runtime and --threads out, or make one with "
+            f"`trilevel export {run} OUT`."
+        )
+    if not is_image_run(run):
+        return _of_texts(run, inputs, text_column)
+    _check_no_column(run, text_column)
+    return _of_images(run, inputs)
+
+
+def _of_artifact(
+    folder: Path, inputs: list[str], text_column: str | None, runtime: RuntimeName | None, threads: int | None
+) -> Iterator[_Answer]:
+    from trilevel.applications.artifacts import load
+    from trilevel.applications.classification.predictions import items
+    from trilevel.applications.images.predictions import files
+    from trilevel.errors import ConfigError
+
+    model = load(folder, runtime=None if runtime is None else runtime.value, threads=threads)
+    typer.echo(f"{model.runtime} {model.version}, {model.manifest.precision}", err=True)
+    task: Any = model.task
+    if model.manifest.task == "images":
+        _check_no_column(folder, text_column)
+        return map(_of_image, task.stream(files(inputs)))
+    if model.manifest.task == "classification":
+        return map(_of_text, task.stream(items(inputs, text_column=text_column or task.text_column)))
+    if model.manifest.task == "embedding":
+        return _of_vectors(task, items(inputs, text_column=text_column or "text"))
+    raise ConfigError(
+        f"{folder} is for {model.manifest.task}, which has no classes; `trilevel.load(folder).predict(...)` in Python "
+        "runs it."
+    )
+
+
+def _check_no_column(run: Path, text_column: str | None) -> None:
+    from trilevel.errors import ConfigError
+
+    if text_column is not None:
+        raise ConfigError(f"{run} classifies images, which have no column; leave --text-column out.")
+
+
 class _Answer(NamedTuple):
-    """What is printed: the input under its name for JSON and as a person reads it, the label, the softmax."""
+    """What is printed: the input under its name for JSON and as a person reads it, and the values by name."""
 
     record: dict[str, str]
     shown: str
-    label: str | None
-    probabilities: dict[str, float] | None
+    values: dict[str, Any]
 
 
 def _of_texts(run: Path, inputs: list[str], text_column: str | None) -> Iterator[_Answer]:
     from trilevel.applications.classification.checkpoint import load_run
-    from trilevel.applications.classification.predict import items
     from trilevel.applications.classification.predict import predict as predictions
+    from trilevel.applications.classification.predictions import items
 
     loaded = load_run(run)
     found = predictions(loaded, items(inputs, text_column=text_column or loaded.origin.columns.text))
@@ -70,31 +121,42 @@ def _of_texts(run: Path, inputs: list[str], text_column: str | None) -> Iterator
 
 
 def _of_text(given: Prediction) -> _Answer:
-    record = {"source": given.item.where} if given.item.where else {"text": given.item.text}
-    shown = " ".join(given.item.text.split())
+    return _answer(given.item, {"label": given.label, "probabilities": given.probabilities})
+
+
+def _of_vectors(task: Any, wanted: Iterator[Item]) -> Iterator[_Answer]:
+    from itertools import islice
+
+    while some := list(islice(wanted, _TEXTS_AT_ONCE)):
+        for item, vector in zip(some, task.predict([item.text for item in some]), strict=True):
+            yield _answer(item, {"vector": vector.tolist()})
+
+
+def _answer(item: Item, values: dict[str, Any]) -> _Answer:
+    record = {"source": item.where} if item.where else {"text": item.text}
+    shown = " ".join(item.text.split())
     start = shown if len(shown) <= _SHOWN_CHARACTERS else shown[: _SHOWN_CHARACTERS - 1] + "…"
-    where = f"{given.item.where}: " if given.item.where else ""
-    return _Answer(record, where + start, given.label, given.probabilities)
+    return _Answer(record, (f"{item.where}: " if item.where else "") + start, values)
 
 
 def _of_images(run: Path, inputs: list[str]) -> Iterator[_Answer]:
     from trilevel.applications.images.checkpoint import load_run
-    from trilevel.applications.images.predict import files
     from trilevel.applications.images.predict import predict as predictions
+    from trilevel.applications.images.predictions import files
 
     return map(_of_image, predictions(load_run(run), files(inputs)))
 
 
 def _of_image(given: ImagePrediction) -> _Answer:
-    return _Answer({"source": str(given.path)}, str(given.path), given.label, given.probabilities)
+    values = {"label": given.label, "probabilities": given.probabilities}
+    return _Answer({"source": str(given.path)}, str(given.path), values)
 
 
 def _print_json(answers: Iterator[_Answer]) -> None:
     import json
 
     for answer in answers:
-        values = {"label": answer.label, "probabilities": answer.probabilities}
-        typer.echo(json.dumps(answer.record | values, ensure_ascii=False))
+        typer.echo(json.dumps(answer.record | answer.values, ensure_ascii=False))
 
 
 def _print_table(answers: Iterator[_Answer]) -> None:
@@ -102,14 +164,22 @@ def _print_table(answers: Iterator[_Answer]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table()
-    for heading in ("input", "class", "softmax"):
-        table.add_column(heading)
+    table: Any = None
     for answer in answers:
-        table.add_row(Text(answer.shown), Text(answer.label or "(no text)"), Text(_best(answer)))
-    Console().print(table)
+        is_vector = "vector" in answer.values
+        if table is None:
+            table = Table(*(("input", "vector") if is_vector else ("input", "class", "softmax")))
+        cells = [_start(answer)] if is_vector else [answer.values["label"] or "(no text)", _best(answer)]
+        table.add_row(*map(Text, (answer.shown, *cells)))
+    if table is not None:
+        Console().print(table)
 
 
 def _best(answer: _Answer) -> str:
-    chances = sorted((answer.probabilities or {}).items(), key=lambda pair: -pair[1])
+    chances = sorted((answer.values["probabilities"] or {}).items(), key=lambda pair: -pair[1])
     return ", ".join(f"{label} {chance:.3f}" for label, chance in chances[:_SHOWN_CLASSES])
+
+
+def _start(answer: _Answer) -> str:
+    vector = answer.values["vector"]
+    return f"{', '.join(f'{number:.3f}' for number in vector[:_SHOWN_NUMBERS])}, … ({len(vector)} numbers)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,13 +12,11 @@ from torch import Tensor
 from trilevel.conversion.embed import pooled
 from trilevel.conversion.load import load_encoder
 from trilevel.conversion.sentence import Sentence
-from trilevel.conversion.sequences import characters, check_text, cut, pad
+from trilevel.conversion.sequences import check_text, pad
 from trilevel.conversion.source import Source
+from trilevel.data.token_rows import BATCH_TOKENS, batches, characters, check_lengths, check_texts, cut
 from trilevel.errors import InputError
 from trilevel.model.encoder import Encoder
-
-BATCH_TOKENS = 16_384
-"""Padded tokens of one forward pass; a longer text has one of its own."""
 
 _TOKENIZED_AT_ONCE = 64
 Progress = Callable[[str, float], None]
@@ -65,7 +63,7 @@ class Embedder:
         Raises:
             InputError: `texts` is no sequence of texts, or `max_tokens` leaves no room for text.
         """
-        _check_texts(texts)
+        check_texts(texts)
         tokenizer = self.source.tokenizer
         around = tokenizer.num_special_tokens_to_add(False)
         if max_tokens is not None and max_tokens <= around:
@@ -146,13 +144,7 @@ class Embedder:
 
     def check_lengths(self, rows: Sequence[Tensor]) -> None:
         """Raise `InputError` if a row of ids is longer than the encoder reads."""
-        most = self.source.encoder.config.max_tokens
-        for place, row in enumerate(rows):
-            if len(row) > most:
-                raise InputError(
-                    f"text {place} has {len(row):,} tokens and {self.source.name} reads {most:,} at most. Cut longer "
-                    f"texts with max_tokens={most}, or split them."
-                )
+        check_lengths([len(row) for row in rows], self.source.encoder.config.max_tokens, self.source.name)
 
     def _encoder(self, dtype: torch.dtype) -> Encoder:
         """The encoder in some precision, kept for the next call as long as its weights are as they were."""
@@ -167,26 +159,6 @@ class Embedder:
         return own
 
 
-def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Places of rows that run together, the longest first, each batch of at most `batch_tokens` padded tokens.
-
-    A row that is longer has a batch of its own, and rows without tokens have none.
-
-    >>> list(batches([2, 9, 0, 3, 4], 8))
-    [[1], [4, 3], [0]]
-    """
-    batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        if not lengths[place]:
-            break
-        if batch and lengths[batch[0]] * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
-
-
 def embed_padded(encoder: Encoder, sentence: Sentence, ids: Tensor, padding_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors of tokens (rows, tokens, dim) and of rows, float32 (rows, dim), from ids and padding (rows, tokens)."""
     device = next(encoder.parameters()).device
@@ -194,11 +166,3 @@ def embed_padded(encoder: Encoder, sentence: Sentence, ids: Tensor, padding_mask
     mask = padding_mask.to(device) if bool(padding_mask.any()) else None
     hidden = encoder(ids.to(device), padding_mask=mask)
     return hidden, pooled(hidden.float(), mask, sentence)
-
-
-def _check_texts(texts: Sequence[str]) -> None:
-    if isinstance(texts, str):
-        raise InputError("texts is one text; give a list of them, [text].")
-    for place, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(f"texts[{place}] is a {type(text).__name__}; a text (str) is needed.")

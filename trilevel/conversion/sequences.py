@@ -8,32 +8,13 @@ import torch
 from torch import Tensor
 
 from trilevel.conversion.source import Source
+from trilevel.data.token_rows import characters
 from trilevel.errors import InputError
 
 MIN_TOKENS = 8
 """Of a piece of text; shorter ends say nothing about attention."""
 CHARACTERS_A_TOKEN = 16
 """More than any usual text has."""
-
-
-def characters(text: str) -> str:
-    r"""A text with a question mark for what is no character (half a surrogate pair), which no tokenizer takes.
-
-    >>> characters("one \ud800 two")
-    'one ? two'
-    """
-    return text.encode("utf-8", "replace").decode()
-
-
-def cut(ids: Sequence[int], max_tokens: int | None, *, behind: int) -> Sequence[int]:
-    """At most `max_tokens` ids, the last `behind` of them kept.
-
-    >>> cut([101, 7, 8, 9, 102], 4, behind=1)
-    [101, 7, 8, 102]
-    """
-    if max_tokens is None or len(ids) <= max_tokens:
-        return ids
-    return [*ids[: max_tokens - behind], *ids[len(ids) - behind :]]
 
 
 def pad(rows: Sequence[Tensor], padding_id: int) -> tuple[Tensor, Tensor]:

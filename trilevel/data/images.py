@@ -1,21 +1,26 @@
-"""Images: which files of a folder are some, and one as a tensor of bytes (3, height, width)."""
+"""Images: which files of a folder are some, and one as bytes (3, height, width), an array or a tensor."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from trilevel.errors import InputError, require
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Pixels = npt.NDArray[np.uint8]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 BILINEAR = 2
 """Pillow's number of the filter."""
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+# of red, green and blue in grey, ITU-R BT.601, as Pillow has it
+_LUMA = np.array([299, 587, 114])[:, None, None]
 
 
 def find_images(folder: str | Path) -> list[Path]:
@@ -34,6 +39,13 @@ def find_images(folder: str | Path) -> list[Path]:
 
 
 def load_image(path: str | Path) -> Tensor:
+    """`read_image` as a tensor."""
+    import torch
+
+    return torch.from_numpy(read_image(path))
+
+
+def read_image(path: str | Path) -> Pixels:
     """One image as red, green and blue: uint8 (3, height, width), turned as its EXIF says, the first of an animation.
 
     What is transparent lies on white, as in transformers' `convert_to_rgb`.
@@ -59,7 +71,7 @@ def load_image(path: str | Path) -> Tensor:
         raise InputError(
             f"{path}: not a readable image ({error}). {', '.join(_FORMATS)} are read; save it again or take it away."
         ) from error
-    return _tensor(rgb)
+    return _channels_first(rgb)
 
 
 def _rgb(image: Any, path: str | Path) -> Any:
@@ -76,11 +88,32 @@ def _rgb(image: Any, path: str | Path) -> Any:
 
 
 def resize(image: Tensor, size: tuple[int, int], *, resample: int = BILINEAR) -> Tensor:
+    """`resized` of a tensor."""
+    import torch
+
+    return torch.from_numpy(resized(image.numpy(), size, resample=resample))
+
+
+def resized(image: Pixels, size: tuple[int, int], *, resample: int = BILINEAR) -> Pixels:
     """An image, uint8 (3, height, width), at another height and width, by Pillow's filter of that number."""
     pil = require("PIL.Image", extra="convert")
     height, width = size
-    return _tensor(pil.fromarray(image.permute(1, 2, 0).numpy()).resize((width, height), resample=resample))
+    return _channels_first(pil.fromarray(image.transpose(1, 2, 0)).resize((width, height), resample=resample))
 
 
-def _tensor(rgb: Any) -> Tensor:
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+def with_channels(pixels: Pixels, num_channels: int) -> Pixels:
+    """Bytes (images, channels, height, width) with one channel, grey, or three.
+
+    >>> with_channels(np.array([255, 0, 0], np.uint8).reshape(1, 3, 1, 1), 1).flatten().tolist()
+    [76]
+    """
+    if pixels.shape[1] == num_channels:
+        return pixels
+    if num_channels == 3:
+        return np.repeat(pixels, 3, axis=1)
+    grey: Pixels = (((pixels * _LUMA).sum(1, keepdims=True) + 500) // 1_000).astype(np.uint8)
+    return grey
+
+
+def _channels_first(rgb: Any) -> Pixels:
+    return np.ascontiguousarray(np.array(rgb).transpose(2, 0, 1))

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from trilevel.conversion.converted import MODULES_FILE, PICTURE_FILE, REPORT_FILE, read_converted, save_converted
 from trilevel.conversion.embed import pooled
-from trilevel.conversion.embedder import BATCH_TOKENS, Embedder, batches, embed_padded
+from trilevel.conversion.embedder import Embedder, embed_padded
 from trilevel.conversion.sequences import pad
 from trilevel.conversion.settings import read_json, read_table
 from trilevel.conversion.source import Source
+from trilevel.data.token_rows import BATCH_TOKENS, batches
 from trilevel.errors import CheckpointError, ConfigError, InputError, require
 from trilevel.model.folder import CONFIG_FILE, read_manifest
 

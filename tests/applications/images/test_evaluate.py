@@ -12,7 +12,8 @@ import torch
 from tests.applications.images.tiny import LABELS, RECIPE, SIZE, train_tiny, write_images
 from trilevel.applications.images.checkpoint import Run
 from trilevel.applications.images.evaluate import check_comparable, evaluate, facts, held_out
-from trilevel.applications.images.predict import files, predict
+from trilevel.applications.images.predict import predict
+from trilevel.applications.images.predictions import files
 from trilevel.applications.images.recipe import DataConfig, Schedule
 from trilevel.applications.images.score import classify
 from trilevel.data.images import load_image

@@ -10,34 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trilevel.conversion.sequences import cut as shortened
 from trilevel.conversion.sequences import pad
+from trilevel.data import token_rows
 from trilevel.errors import InputError
 
-_TEXTS_AT_ONCE = 256
-# a text is cut here before it is tokenised, far behind the last token that is read of most
-_CHARACTERS_A_TOKEN = 32
 # batches are cut from pools of this many, sorted by length
 _POOL = 64
 
 
 def encode(tokenizer: Any, texts: Sequence[str], *, max_tokens: int, padding_id: int = 0) -> tuple[list[Tensor], int]:
-    """Token ids of each text, (tokens,), with the model's special tokens; and how many texts were cut.
-
-    A longer text keeps its end mark. A text that gives no token at all is one padding token.
-    """
-    found, num_cut = [], 0
-    most = _CHARACTERS_A_TOKEN * max_tokens
-    behind = tokenizer.num_special_tokens_to_add(False) // 2
-    for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        some = texts[start : start + _TEXTS_AT_ONCE]
-        for text, encoded in zip(some, tokenizer.encode_batch([text[:most] for text in some]), strict=True):
-            # the start was not enough where a token, or the space around it, has very many characters
-            is_short = len(text) > most and len(encoded.ids) <= max_tokens
-            ids = (tokenizer.encode(text).ids if is_short else encoded.ids) or [padding_id]
-            found.append(torch.tensor(shortened(ids, max_tokens, behind=behind)))
-            num_cut += len(ids) > max_tokens
-    return found, num_cut
+    """Token ids of each text, (tokens,), with the model's special tokens; and how many texts were cut."""
+    rows, num_cut = token_rows.encode(tokenizer, texts, max_tokens=max_tokens, padding_id=padding_id)
+    return [torch.tensor(row) for row in rows], num_cut
 
 
 def cut(order: Sequence[int], lengths: Sequence[int], *, batch_size: int, max_batch_tokens: int) -> list[list[int]]:

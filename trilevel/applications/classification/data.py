@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trilevel.applications.classification.table import Row, column, read_table
-from trilevel.conversion.sequences import characters
+from trilevel.data.token_rows import characters
 from trilevel.errors import ConfigError, InputError
 
 SPLITS = ("train", "valid", "test")

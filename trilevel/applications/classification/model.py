@@ -97,6 +97,19 @@ class Classifier(nn.Module):
         return logits.float() * self.config.head_rate
 
 
+class Masked(nn.Module):
+    """A classifier of ids and a mask, 1 at real tokens, as runtimes pass it."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Map two (batch, tokens) to logits (batch, classes)."""
+        logits: Tensor = self.classifier(input_ids, padding_mask=attention_mask == 0)
+        return logits
+
+
 def from_source(
     source: Source, labels: tuple[str, ...], *, max_tokens: int | None = None, dropout: float, head_rate: float
 ) -> Classifier:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from trilevel.applications.images.checkpoint import Run
+from trilevel.data import images
 
 BATCH_SIZE = 128
-# of red, green and blue in grey, ITU-R BT.601, as Pillow has it
-_LUMA = (299, 587, 114)
 
 
 def logits_of(
@@ -44,14 +43,5 @@ def classify(run: Run, pixels: np.ndarray, *, on_progress: Callable[[int], None]
 
 
 def with_channels(pixels: Tensor, num_channels: int) -> Tensor:
-    """Bytes (images, channels, height, width) with one channel, grey, or three.
-
-    >>> with_channels(torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1), 1).flatten().tolist()
-    [76]
-    """
-    if pixels.shape[1] == num_channels:
-        return pixels
-    if num_channels == 3:
-        return pixels.expand(-1, 3, -1, -1)
-    weights = torch.tensor(_LUMA, dtype=torch.int32)[:, None, None]
-    return ((pixels.int() * weights).sum(1, keepdim=True) + 500).div(1_000, rounding_mode="floor").to(torch.uint8)
+    """Bytes (images, channels, height, width) with one channel, grey, or three."""
+    return torch.from_numpy(images.with_channels(pixels.numpy(), num_channels))

@@ -13,7 +13,7 @@ from trilevel.artifact.probe import Arrays
 from trilevel.errors import ConfigError, InputError
 
 Precision = Literal["float32", "bfloat16"]
-Runtime = Literal["onnxruntime", "openvino"]
+Runtime = Literal["onnxruntime", "openvino", "torch"]
 
 
 class Predictor(Protocol):
@@ -111,7 +111,18 @@ def _openvino(artifact: Artifact, threads: int | None, precision: Precision) -> 
     return OpenVino(artifact, threads=threads, precision=precision)
 
 
+def _torch(artifact: Artifact, threads: int | None, precision: Precision) -> Predictor:
+    from trilevel.artifact.runtime.torch import Torch
+
+    if precision != "float32":
+        raise ConfigError(
+            f"runtime='torch' runs in float32; precision={precision!r} is OpenVINO's (runtime='openvino')."
+        )
+    return Torch(artifact, threads=threads)
+
+
 _RUNTIMES: dict[str, Callable[[Artifact, int | None, Precision], Predictor]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
+    "torch": _torch,
 }

@@ -1,0 +1,155 @@
+"""Artifacts of every application: written from whatever was trained, and loaded to predict; loading needs no torch."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trilevel.artifact.check import check_runtimes, default_runtime
+from trilevel.artifact.manifest import Artifact, Manifest, check_free, read_artifact, write_artifact
+from trilevel.artifact.runtime.predictor import Precision, Predictor, Runtime, load_predictor
+from trilevel.artifact.verify import Parity, check_probes
+from trilevel.errors import ArtifactError, TrilevelError
+
+# the module of a task, what exports and what predicts
+_PARTS = {
+    "images": ("trilevel.applications.images.artifact", "export_images", "ImagePredictor"),
+    "classification": (
+        "trilevel.applications.classification.artifact",
+        "export_classification",
+        "ClassificationPredictor",
+    ),
+    "embedding": ("trilevel.applications.embedding.artifact", "export_embedding", "EmbeddingPredictor"),
+    "documents": ("trilevel.applications.documents.artifact", "export_documents", "DocumentPredictor"),
+}
+
+
+class Model:
+    """An artifact that is open in a runtime.
+
+    Attributes:
+        artifact: where it is and which files it has.
+        manifest: what it says of itself.
+        runtime: the name of the one that computes; which one is chosen is never hidden.
+        version: of the runtime.
+        precision: of what is not quantized.
+        parity: how its answers to the probes differed from those expected.
+        task: the object that makes inputs of texts or images, and records of outputs.
+    """
+
+    def __init__(self, artifact: Artifact, predictor: Predictor, parity: Parity) -> None:
+        self.artifact, self.manifest = artifact, artifact.manifest
+        self.runtime, self.version, self.precision = predictor.runtime, predictor.version, predictor.precision
+        self.parity, self.task = parity, open_task(artifact, predictor)
+
+    def predict(self, inputs: Sequence[Any]) -> Any:
+        """What the application's own `predict` gives: labels with their softmax, vectors, summaries.
+
+        Raises:
+            InputError: an input cannot be used.
+        """
+        return self.task.predict(inputs)
+
+    def __repr__(self) -> str:
+        manifest = self.manifest
+        return f"<{manifest.task} {manifest.name!r}, {manifest.precision}, in {self.runtime} {self.version}>"
+
+
+def load(
+    folder: str | Path,
+    *,
+    runtime: Runtime | None = None,
+    threads: int | None = None,
+    precision: Precision = "float32",
+) -> Model:
+    """Open an artifact: hashes are compared, then the answers to its probes.
+
+        >>> model = load("artifact")  # doctest: +SKIP
+        >>> model.predict(["a fine film"])  # doctest: +SKIP
+
+    Args:
+        folder: that `trilevel export` wrote.
+        runtime: `openvino`, `onnxruntime` or `torch`, without a fallback; None takes OpenVINO on x86 where it is
+            installed, else ONNX Runtime. The result's `runtime` says which.
+        threads: that a call may use; None for one a core.
+        precision: of what is not quantized; `bfloat16` in OpenVINO alone.
+
+    Raises:
+        ArtifactError: there is no artifact; it is damaged or of another version; or the runtime gives other answers.
+        MissingExtraError: the runtime is not installed.
+        ConfigError: an option is out of range.
+    """
+    artifact = read_artifact(folder)
+    predictor = load_predictor(artifact, runtime or default_runtime(), threads=threads, precision=precision)
+    return Model(artifact, predictor, check_probes(artifact, predictor))
+
+
+def open_task(artifact: Artifact, predictor: Predictor) -> Any:
+    """What the application of an artifact predicts with.
+
+    Raises:
+        ArtifactError: the task is unknown, or the settings are none of it.
+    """
+    module, _, name = _parts(artifact.manifest)
+    predictor_class = getattr(importlib.import_module(module), name)
+    try:
+        return predictor_class(artifact, predictor)
+    except TrilevelError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{artifact.path}: its settings are none of {artifact.manifest.task} ({error!r}). Export the model again."
+        ) from error
+
+
+def export(
+    source: str | Path,
+    out: str | Path,
+    *,
+    target: str = "portable",
+    runtimes: Sequence[Runtime] = (),
+    tell: Callable[[str], None] = lambda _what: None,
+) -> Artifact:
+    """Write the model of a folder as an artifact.
+
+    Args:
+        source: a folder that `trilevel train`, `convert` or `compress` wrote, or what `load_source` takes.
+        out: folder; an artifact there is replaced when the new one is whole.
+        target: `portable`, which every runtime takes, or `cpu`, for unsigned activations as well.
+        runtimes: that must give torch's answers; without, one that is installed must.
+        tell: told what is being done.
+
+    Raises:
+        ArtifactError: `out` is something else or cannot be written, or the answers are not torch's.
+        CheckpointError, ConfigError, InputError, MissingExtraError: the model cannot be read or exported.
+    """
+    from trilevel.applications.kinds import model_kind
+
+    check_free(Path(out))
+    module, name, _ = _PARTS[model_kind(source)]
+    export_task = getattr(importlib.import_module(module), name)
+    if not runtimes:
+        artifact: Artifact = export_task(source, out, target=target, tell=tell)
+        return artifact
+    with tempfile.TemporaryDirectory(prefix="trilevel-export-") as folder:
+        draft: Artifact = export_task(source, Path(folder) / "artifact", target=target, tell=tell)
+        wrong = [one for one in check_runtimes(draft, runtimes, tell=tell) if not one.holds]
+        if wrong:
+            said = "; ".join(f"{one.runtime}: {one.said}" for one in wrong)
+            raise ArtifactError(f"{out} was not written, as the answers are not torch's: {said}.")
+        files = {name: partial(shutil.copyfile, draft.file(name)) for name in draft.hashes}
+        return write_artifact(out, draft.manifest, files)
+
+
+def _parts(manifest: Manifest) -> tuple[str, str, str]:
+    if manifest.task not in _PARTS:
+        raise ArtifactError(
+            f"the artifact {manifest.name!r} is for {manifest.task!r}; this trilevel knows {', '.join(_PARTS)}. Use "
+            f"trilevel {manifest.trilevel}, which wrote it."
+        )
+    return _PARTS[manifest.task]
