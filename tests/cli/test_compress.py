@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from tests.applications.classification.tiny import train_tiny
+from tests.applications.classification.tiny import RECIPE, train_tiny
 from tests.compression.tasks import interrupt_at, tiny_run
+from trilevel.applications.classification.recipe import Schedule
 from trilevel.cli.main import app
 from trilevel.errors import CheckpointError
 
@@ -110,7 +112,7 @@ def test_bad_input(folder: Path, tmp_path: Path) -> None:
 def test_texts_are_told_from_images(tmp_path: Path) -> None:
     from trilevel.applications.compress import load_task
 
-    train_tiny(tmp_path)
+    train_tiny(tmp_path, recipe=replace(RECIPE, schedule=Schedule(steps=2)))
     assert load_task(tmp_path / "run").kind == "classification"
     assert load_task(tmp_path / "encoder").kind == "embedding"
     with pytest.raises(CheckpointError):

@@ -191,13 +191,18 @@ def test_stopped_outside_of_training_it_says_what_is_kept(
     compressed(run, tmp_path / "out", ROUNDED)
 
 
+@pytest.mark.parametrize("is_there", [False, True])
 def test_finished_stages_are_not_done_again(
-    run: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_there: bool, run: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     (out / "report.json").unlink()
-    shutil.rmtree(out / "stages/3-quantize")
+    if is_there:  # of another compression
+        report = report_of(out / "stages/3-quantize") | {"key": report_of(out / "stages/2-distill")["key"]}
+        (out / "stages/3-quantize/report.json").write_text(json.dumps(report))
+    else:
+        shutil.rmtree(out / "stages/3-quantize")
     done: list[str] = []
     run_stage = stages.run_stage
 

@@ -77,7 +77,7 @@ def _print(report: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"1 / {1 / report['size_ratio']:.1f} of the bytes, {report['speedup']:.2f} times the speed in torch, "
-        f"{report['metric']} {-report['loss']:+.4f}",
+        f"{report['metric']} {round(-report['loss'], 4) + 0.0:+.4f}",
         highlight=False,
     )
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.applications.classification.tiny import RECIPE, make_rows, train_tiny, write_rows
 from trilevel.applications.classification.checkpoint import load_run
@@ -15,12 +17,15 @@ from trilevel.applications.classification.evaluate import evaluate, held_out, re
 from trilevel.applications.classification.recipe import Schedule
 from trilevel.applications.classification.score import classify
 from trilevel.applications.kinds import kind_of
+from trilevel.compression import stages
 from trilevel.compression.compress import compress
+from trilevel.compression.distill import DistillConfig
 from trilevel.compression.layers import FrozenEmbedding
 from trilevel.compression.plan import CompressionPlan, Recovery, Stage
 from trilevel.compression.prune import PruneConfig
 from trilevel.compression.quantize import QuantizeConfig
 from trilevel.errors import ConfigError, InputError
+from trilevel.training.loop import fit
 
 PLAN = CompressionPlan(
     stages=(
@@ -55,6 +60,26 @@ def test_the_result_is_a_run(folder: Path) -> None:
     task = load_task(folder / "run", options=PLAN.data)
     assert report(evaluate(run, rows.examples))["accuracy"] == task.evaluate(run.model)["accuracy"]
     assert classify(run, ["w1 fine", "w2 dull"]).argmax(-1).tolist() == [1, 0]
+
+
+def test_dropout_is_off_where_rounding_or_a_teacher_is_learned_from(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[set[float]] = []
+
+    def watched(model: nn.Module, *given: Any, **options: Any) -> Any:
+        rates.append({part.p for part in model.modules() if isinstance(part, nn.Dropout)})
+        return fit(model, *given, **options)
+
+    monkeypatch.setattr(stages, "fit", watched)
+    prune, rounding = (replace(stage, recovery=Recovery(steps=1)) for stage in PLAN.stages)
+    task = load_task(folder / "run", options=PLAN.data)
+    for losses in (None, DistillConfig()):
+        plan = replace(PLAN, stages=(prune, rounding), losses=losses)
+        compress(task, plan, tmp_path / str(losses is None), show_progress=False)
+    assert rates == [{0.1}, {0.0}, {0.0}, {0.0}]
+    small = load_run(tmp_path / "True").model
+    assert {part.p for part in small.modules() if isinstance(part, nn.Dropout)} == {0.1}
 
 
 def test_calibration_holds_all_lengths(folder: Path) -> None:
