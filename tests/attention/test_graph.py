@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trilevel.attention.api import dense_attention, dense_call, multi_level_attention
+from trilevel.attention.impl import graph
 from trilevel.attention.layer import MultiLevelAttention
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.errors import ImplementationError
@@ -127,3 +128,11 @@ def test_one_exported_program_for_every_length(levels: Levels | None, dense: int
         for size in ((1, 64), (3, 41), (2, 131)):
             x, padding = given(*size)
             torch.testing.assert_close(program(x, padding), layer(x, padding_mask=padding), rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_chooses_as_a_stable_sort_does() -> None:
+    score = torch.tensor([[3, 1, 3, 2, 3, 2, 1, 2], [0, 0, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 8, 7, 6, 5]]).float()
+    for count in range(1, 9):
+        wanted = score.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        found = graph.first_of_best(score, count)
+        assert [set(row.tolist()) for row in found] == [set(row.tolist()) for row in wanted]

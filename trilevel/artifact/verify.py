@@ -111,7 +111,9 @@ def chosen_tokens(artifact: Artifact, open_graph: Any, calls: Sequence[Arrays]) 
     """
     onnx = require("onnx", extra="export")
     model = onnx.load(str(artifact.file(MODEL_FILE)))
-    picks = [node.output[1] for node in model.graph.node if node.op_type == "TopK"]
+    read = {name for node in model.graph.node for name in node.input}
+    # another TopK of each layer finds the least score; its places are not read
+    picks = [node.output[1] for node in model.graph.node if node.op_type == "TopK" and node.output[1] in read]
     if not picks:
         return [[] for _ in calls]
     model.graph.output.extend(

@@ -297,7 +297,7 @@ def _global(call: Call, places: _Places, part: _Part, _weight: Tensor | None) ->
 
 
 def _chosen(call: Call, places: _Places) -> Tensor:
-    """Positions of the global tokens, (batch, p); of equal scores the earlier ones, as ONNX's TopK has it."""
+    """Positions of the global tokens, (batch, p); of equal scores the earlier ones."""
     batch = call.query.shape[0]
     score = call.query.new_zeros(batch, places.tokens) if call.score is None else call.score.detach()
     if places.valid is not None:
@@ -305,8 +305,21 @@ def _chosen(call: Call, places: _Places) -> Tensor:
     count = call.levels.num_global_tokens
     most = min(count, places.tokens) if isinstance(places.tokens, int) else torch.sym_min(count, places.tokens)
     if torch.compiler.is_exporting():
-        return torch.topk(score, most, dim=1).indices
+        return first_of_best(score, most)
     return torch.sort(score, dim=1, descending=True, stable=True).indices[:, :most]
+
+
+def first_of_best(score: Tensor, count: int) -> Tensor:
+    """Positions of the `count` largest of each row, of equal ones the earlier; (batch, tokens) to (batch, count).
+
+    In the first layer a token scores the same wherever it stands, and of equal scores OpenVINO's TopK takes any. So the
+    least score is looked up, and positions, which all differ, are chosen.
+    """
+    least = torch.topk(score, count, dim=1).values[:, -1:]
+    tokens = score.shape[1]
+    place = torch.arange(tokens, device=score.device)
+    rank = torch.where(score > least, 2 * tokens, torch.where(score == least, tokens, 0)) - place
+    return torch.topk(rank, count, dim=1).indices
 
 
 def _regional(call: Call, places: _Places, part: _Part, weight: Tensor | None) -> Tensor:
