@@ -48,7 +48,7 @@ def documents(
 
     from trilevel.applications.documents import evaluate as evaluation
     from trilevel.applications.documents.recipe import data_path
-    from trilevel.applications.documents.summarize import DEFAULT_BUDGET_WORDS
+    from trilevel.applications.documents.summary import DEFAULT_BUDGET_WORDS
 
     cases = evaluation.prepare(data_path(evaluation.TECH, data), split=split, limit=SMOKE_DOCUMENTS if smoke else limit)
     ways = evaluation.systems(

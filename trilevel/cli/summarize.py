@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from trilevel.applications.documents.summarize import Summary
+    from trilevel.applications.documents.summary import Summary
     from trilevel.data.documents import Document
 
 

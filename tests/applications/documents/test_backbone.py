@@ -20,8 +20,9 @@ from tests.applications.documents.tiny_encoder import save_pretrained, save_smal
 from trilevel.applications.documents import evaluate as evaluation
 from trilevel.applications.documents.backbone import Backbone, StoredVectors, backbone_of, unit_vectors
 from trilevel.applications.documents.checkpoint import load_model, load_run, ship_run
-from trilevel.applications.documents.data import Encoded, cache_dir, collate, encode
+from trilevel.applications.documents.data import cache_dir, collate
 from trilevel.applications.documents.demo import run_demo
+from trilevel.applications.documents.encoded import Encoded, encode
 from trilevel.applications.documents.model import TOKEN_LEVELS, DocumentConfig, DocumentModel, default_config
 from trilevel.applications.documents.pretrained_encoder import load_pretrained
 from trilevel.applications.documents.recipe import MINILM_RECIPE, BackboneSize, Recipe, load_recipe, train

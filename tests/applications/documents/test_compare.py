@@ -11,7 +11,7 @@ from tests.applications.documents.demo_model import document, save_small_model
 from trilevel.applications.documents import compare as module
 from trilevel.applications.documents.checkpoint import load_run
 from trilevel.applications.documents.compare import Comparison, agreement, compare, rank_correlation
-from trilevel.applications.documents.data import encode
+from trilevel.applications.documents.encoded import encode
 from trilevel.applications.documents.materialised import materialised_bytes
 from trilevel.applications.documents.measure import Attention, Job, Measured
 from trilevel.applications.documents.units import split_units

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from trilevel.applications.documents.data import DocumentBatches, Encoded, cache_dir, collate, encode, encode_corpus
+from trilevel.applications.documents.data import DocumentBatches, cache_dir, collate, encode_corpus
+from trilevel.applications.documents.encoded import Encoded, encode
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.applications.documents.units import split_units
 from trilevel.data.documents import Document

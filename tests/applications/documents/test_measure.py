@@ -16,7 +16,7 @@ import pytest
 from tests.applications.documents.demo_model import document, save_small_model
 from trilevel.applications.documents import measure as module
 from trilevel.applications.documents.checkpoint import load_run
-from trilevel.applications.documents.data import encode
+from trilevel.applications.documents.encoded import encode
 from trilevel.applications.documents.measure import Attention, Job, measure, save_encoded
 from trilevel.applications.documents.passes import load_variant, prepare
 from trilevel.applications.documents.units import split_units

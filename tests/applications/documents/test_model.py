@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 
-from trilevel.applications.documents.data import DocumentBatch, collate, encode
+from trilevel.applications.documents.data import DocumentBatch, collate
+from trilevel.applications.documents.encoded import encode
 from trilevel.applications.documents.model import TOKEN_LEVELS, DocumentConfig, DocumentModel, default_config
 from trilevel.applications.documents.objective import objective, oracle_loss
 from trilevel.applications.documents.tokenizer import DocumentTokenizer

@@ -9,7 +9,7 @@ import pytest
 
 from tests.applications.documents.demo_model import document, save_small_model
 from trilevel.applications.documents.checkpoint import load_run
-from trilevel.applications.documents.data import encode
+from trilevel.applications.documents.encoded import encode
 from trilevel.applications.documents.page import look, pieces, token_spans, unit_views
 from trilevel.applications.documents.passes import prepare
 from trilevel.applications.documents.units import split_units

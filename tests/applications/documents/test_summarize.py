@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from trilevel.applications.documents.model import DocumentModel
-from trilevel.applications.documents.summarize import DEFAULT_BUDGET_WORDS, summarize
+from trilevel.applications.documents.summarize import summarize
+from trilevel.applications.documents.summary import DEFAULT_BUDGET_WORDS
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.data.documents import Document
 from trilevel.errors import ConfigError, InputError

@@ -14,6 +14,8 @@ from trilevel.data.sentences import count_words
 from trilevel.errors import InputError
 
 MIN_WORDS = 10_000
+PIECE_WORDS = 250
+"""Of a piece, at least."""
 SOURCE = "pydoc_data.topics"
 
 # sphinx's characters under a heading, outermost first
@@ -54,6 +56,19 @@ def builtin_document(*, min_words: int = MIN_WORDS) -> Document:
             f"pydoc_data.topics of this Python holds {words} words; {min_words} are needed. Give a file with --doc."
         )
     return _document(names, lines)
+
+
+def builtin_pieces() -> list[Document]:
+    """The same text as short documents, each of whole sections; for calibration and probes without a data set."""
+    document = builtin_document()
+    pieces: list[list[str]] = [[]]
+    for line in document.text.split("\n"):
+        if line.startswith("#") and len(" ".join(pieces[-1]).split()) >= PIECE_WORDS:
+            pieces.append([])
+        pieces[-1].append(line)
+    return [
+        Document(id=f"{document.id}:{number}", title="", text="\n".join(lines)) for number, lines in enumerate(pieces)
+    ]
 
 
 def _document(names: list[str], lines: list[str]) -> Document:

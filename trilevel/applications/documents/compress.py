@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from trilevel.applications.documents.backbone import Backbone
-from trilevel.applications.documents.builtin import builtin_document
+from trilevel.applications.documents.builtin import builtin_pieces
 from trilevel.applications.documents.checkpoint import CHECKPOINT_FOLDER, load_run, save_run
-from trilevel.applications.documents.data import DocumentBatch, DocumentBatches, Encoded, collate, encode
+from trilevel.applications.documents.data import DocumentBatch, DocumentBatches, collate, encode_corpus
+from trilevel.applications.documents.encoded import Encoded
 from trilevel.applications.documents.model import DocumentModel
 from trilevel.applications.documents.objective import oracle_loss
 from trilevel.applications.documents.rouge import rouge
 from trilevel.applications.documents.select import Selection
-from trilevel.applications.documents.summarize import DEFAULT_BUDGET_WORDS, choose_units, score_units
+from trilevel.applications.documents.summarize import score_units
+from trilevel.applications.documents.summary import DEFAULT_BUDGET_WORDS, choose_units
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.applications.documents.units import Unit, split_units
 from trilevel.compression.distill import Outputs
@@ -32,8 +35,6 @@ from trilevel.model.config import from_mapping
 from trilevel.model.folder import find_folder, sha256_of
 
 NUM_CALIBRATION_DOCUMENTS, NUM_VALIDATION_DOCUMENTS, NUM_TRAINING_DOCUMENTS = 32, 64, 4_000
-SECTION_WORDS = 250
-"""Of a piece of the built-in document, at least."""
 FOCUS_WEIGHT = 0.2
 """Of the loss of the scores that thin a document out, as in recipes/documents.toml."""
 # instead of minus infinity: a softmax gives such units nothing and no difference of two is NaN
@@ -71,7 +72,7 @@ class DocumentTask:
         model.config = replace(model.config, word_dropout=0.0)
         self.model = model
         self.source_sha256, self.data_sha256 = _weights_sha256(folder), _digest(splits)
-        train, valid = ([self._case(document, progress) for document in documents] for documents in splits)
+        train, valid = (self._cases(documents, progress) for documents in splits)
         self.has_labels = all(case.encoded.oracle.any() for case in valid)
         self.metric = "rouge1" if self.has_labels else "agreement"
         documents = [case.encoded for case in train]
@@ -92,11 +93,11 @@ class DocumentTask:
         self.valid = valid
         self._chosen = [self._choice(self.model, case) for case in valid]
 
-    def _case(self, document: Document, progress: Progress) -> _Case:
-        progress("reading documents", 0.0)
-        units = split_units(document)
-        encoded = encode(units, self.tokenizer, abstract=document.abstract, max_tokens=self.model.config.max_tokens)
-        return _Case(document=document, units=units, encoded=encoded)
+    def _cases(self, documents: Sequence[Document], progress: Progress) -> list[_Case]:
+        progress(f"reading {len(documents):,} documents", 0.0)
+        pairs = zip(documents, encode_corpus(documents, self.tokenizer), strict=True)
+        longest = self.model.config.max_tokens
+        return [_Case(document=own, units=split_units(own), encoded=arrays.cut(longest)) for own, arrays in pairs]
 
     def _choice(self, model: nn.Module, case: _Case) -> list[int]:
         scores = score_units(model, case.encoded)  # type: ignore[arg-type]  # a pruned or quantized one
@@ -221,7 +222,7 @@ def load_task(
         splits = _builtin(limit)
     else:
         sizes = {"train": limit or NUM_TRAINING_DOCUMENTS, "valid": limit or NUM_VALIDATION_DOCUMENTS}
-        splits = [load_jsonl(data, split=split, limit=count) for split, count in sizes.items()]
+        splits = [load_jsonl(_found(data), split=split, limit=count) for split, count in sizes.items()]
         if not all(document.abstract for documents in splits for document in documents):
             raise InputError(
                 f"{data}: every document needs an abstract to be judged by; leave --data out to do without."
@@ -229,17 +230,15 @@ def load_task(
     return DocumentTask(Path(folder), model, tokenizer, splits, settings, progress)
 
 
+def _found(given: str | Path) -> Path:
+    """A file where it is said to be, else below the folder that TRILEVEL_DATA names."""
+    path, root = Path(given), os.environ.get("TRILEVEL_DATA")
+    return path if path.exists() or not root or not (Path(root) / path).exists() else Path(root) / path
+
+
 def _builtin(limit: int | None) -> list[list[Document]]:
     """Pieces of the built-in document, every fourth held out."""
-    document = builtin_document()
-    pieces: list[list[str]] = [[]]
-    for line in document.text.split("\n"):
-        if line.startswith("#") and len(" ".join(pieces[-1]).split()) >= SECTION_WORDS:
-            pieces.append([])
-        pieces[-1].append(line)
-    made = [
-        Document(id=f"{document.id}:{number}", title="", text="\n".join(lines)) for number, lines in enumerate(pieces)
-    ]
+    made = builtin_pieces()
     held = made[::4]
     return [[piece for piece in made if piece not in held][:limit], held[:limit]]
 

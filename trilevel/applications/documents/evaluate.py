@@ -20,17 +20,13 @@ from trilevel.applications.documents.checkpoint import (
     load_run,
     shipped_tokenizer,
 )
-from trilevel.applications.documents.data import Encoded, encode, encode_corpus
+from trilevel.applications.documents.data import encode_corpus
+from trilevel.applications.documents.encoded import Encoded, encode
 from trilevel.applications.documents.model import DocumentModel
 from trilevel.applications.documents.rouge import bootstrap_mean, bootstrap_ratio, rouge
 from trilevel.applications.documents.select import Selection, choose
-from trilevel.applications.documents.summarize import (
-    DEFAULT_BUDGET_WORDS,
-    Summary,
-    choose_units,
-    score_units,
-    summarize,
-)
+from trilevel.applications.documents.summarize import score_units, summarize
+from trilevel.applications.documents.summary import DEFAULT_BUDGET_WORDS, Summary, choose_units
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.applications.documents.units import Unit, split_units
 from trilevel.conversion.delta import read_delta

@@ -221,17 +221,22 @@ class DocumentModel(nn.Module):
     def details(self, batch: DocumentBatch, *, focus_fraction: float | None = None, explain: bool = True) -> Scored:
         """Scores with what led to them; `explain` adds the report of every attention layer (levels only)."""
         tokens, x = self._units_of(batch, focus_fraction, explain=explain)
-        x = self.unit_norm(x)
-        for column, table in enumerate(self.features):
-            x = x + table(batch["unit_features"][..., column])
-        units = self.units(
-            self.dropout(x),
-            padding_mask=batch["unit_padding"],
-            global_prior=batch["unit_prior"],
-            return_details=True,
-            explain=explain,
+        units = self.over_units(
+            x, batch["unit_features"], padding_mask=batch["unit_padding"], prior=batch["unit_prior"], explain=explain
         )
         return Scored(scores=self.score(units.hidden).squeeze(-1), tokens=tokens, units=units)
+
+    def over_units(
+        self, x: Tensor, features: Tensor, *, padding_mask: Tensor | None, prior: Tensor, explain: bool = False
+    ) -> Details:
+        """What the tokens say about each unit (batch, units, dim), and its features, through the blocks over units."""
+        x = self.unit_norm(x)
+        for column, table in enumerate(self.features):
+            x = x + table(features[..., column])
+        found: Details = self.units(
+            self.dropout(x), padding_mask=padding_mask, global_prior=prior, return_details=True, explain=explain
+        )
+        return found
 
     def _units_of(
         self, batch: DocumentBatch, focus_fraction: float | None, *, explain: bool

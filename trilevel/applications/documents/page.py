@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trilevel.applications.documents.data import Encoded
+from trilevel.applications.documents.encoded import Encoded
 from trilevel.applications.documents.model import DocumentModel
 from trilevel.applications.documents.passes import prepare
 from trilevel.applications.documents.tokenizer import DocumentTokenizer

@@ -21,7 +21,8 @@ from trilevel.applications.documents.checkpoint import (
     load_run,
     shipped_tokenizer,
 )
-from trilevel.applications.documents.data import DocumentBatches, Encoded, collate, encode_corpus
+from trilevel.applications.documents.data import DocumentBatches, collate, encode_corpus
+from trilevel.applications.documents.encoded import Encoded
 from trilevel.applications.documents.model import DocumentConfig, DocumentModel, default_config
 from trilevel.applications.documents.objective import objective, oracle_loss
 from trilevel.applications.documents.tokenizer import DocumentTokenizer

@@ -1,40 +1,16 @@
-"""A summary of one document: units, tokens, scores, choice."""
+"""A summary of one document by a model in torch."""
 
 from __future__ import annotations
-
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from trilevel.applications.documents.data import MAX_TOKENS, Encoded, collate, encode
+from trilevel.applications.documents.data import collate
+from trilevel.applications.documents.encoded import MAX_TOKENS, Encoded
 from trilevel.applications.documents.model import DocumentModel
-from trilevel.applications.documents.select import Selection, by_score, choose
+from trilevel.applications.documents.summary import Summary, selection_of, summary_of
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
-from trilevel.applications.documents.units import Unit, split_units
 from trilevel.data.documents import Document
-
-# median length of a summary in the training split of the technical documents, in words
-DEFAULT_BUDGET_WORDS = 59
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """The chosen sentences in document order and what led to them.
-
-    `indices` point into `units`; `scores` (units,) are the model's logits; `units_left_out` counts units beyond the
-    token limit; `seconds` is the time of the model alone.
-    """
-
-    sentences: list[str]
-    indices: list[int]
-    units: list[Unit]
-    scores: np.ndarray
-    num_tokens: int
-    units_left_out: int
-    seconds: float
 
 
 def score_units(model: DocumentModel, encoded: Encoded, *, focus_fraction: float | None = None) -> np.ndarray:
@@ -67,26 +43,11 @@ def summarize(
     Raises:
         InputError: the document has no word. ConfigError: both budgets are given, or one is below 1.
     """
-    words = DEFAULT_BUDGET_WORDS if num_sentences is None and budget_words is None else budget_words
-    selection = Selection(words=words, sentences=num_sentences, max_overlap=max_overlap)
-    units = split_units(document)
-    encoded = encode(units, tokenizer, max_tokens=min(max_tokens, model.config.max_tokens))
-    start = time.perf_counter()
-    scores = score_units(model, encoded, focus_fraction=focus_fraction)
-    seconds = time.perf_counter() - start
-    indices = choose_units(units, scores, encoded, selection)
-    return Summary(
-        sentences=[units[i].text for i in indices],
-        indices=indices,
-        units=units[: len(scores)],
-        scores=scores,
-        num_tokens=encoded.num_tokens,
-        units_left_out=encoded.units_left_out,
-        seconds=seconds,
+    selection = selection_of(num_sentences=num_sentences, budget_words=budget_words, max_overlap=max_overlap)
+    return summary_of(
+        document,
+        tokenizer,
+        lambda encoded: score_units(model, encoded, focus_fraction=focus_fraction),
+        selection,
+        max_tokens=min(max_tokens, model.config.max_tokens),
     )
-
-
-def choose_units(units: Sequence[Unit], scores: np.ndarray, encoded: Encoded, selection: Selection) -> list[int]:
-    """Indices of the summary's units, in document order."""
-    order = by_score(scores, encoded.unit_selectable)
-    return choose(order, [unit.text for unit in units], [unit.length for unit in units], selection)

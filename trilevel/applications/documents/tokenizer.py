@@ -39,11 +39,15 @@ class DocumentTokenizer:
 
     def digest(self) -> str:
         """A hash of the vocabulary and the rules."""
-        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
+        return hashlib.sha256(self.to_str().encode()).hexdigest()
+
+    def to_str(self) -> str:
+        """The vocabulary and the rules as JSON: the content of `tokenizer.json`."""
+        return str(self._inner.to_str())
 
     def save(self, path: str | Path) -> None:
         """Write `tokenizer.json`."""
-        Path(path).write_text(self._inner.to_str(), encoding="utf-8")
+        Path(path).write_text(self.to_str(), encoding="utf-8")
 
 
 def load_tokenizer(path: str | Path) -> DocumentTokenizer:
