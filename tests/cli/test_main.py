@@ -43,7 +43,7 @@ def test_version() -> None:
 
 def test_help_names_every_command_in_order() -> None:
     output = CliRunner().invoke(app, ["--help"]).output
-    names = ["demo", "summarize", "convert", "train", "evaluate", "predict", "bench", "info"]
+    names = ["demo", "summarize", "convert", "train", "export", "verify", "evaluate", "predict", "bench", "info"]
     places = [output.find(f"│ {name}") for name in names]
     assert -1 not in places
     assert places == sorted(places)
@@ -53,7 +53,8 @@ def test_help_names_every_command_in_order() -> None:
     "command",
     [
         ["demo"], ["summarize"], ["convert"], ["train", "documents"], ["train", "classification"],
-        ["evaluate", "documents"], ["evaluate", "classification"], ["predict"], ["bench"], ["bench", "encoders"],
+        ["evaluate", "documents"], ["evaluate", "classification"],
+        ["export"], ["verify"], ["predict"], ["bench"], ["bench", "encoders"],
         ["bench", "retrieval"], ["info"],
     ],
 )  # fmt: skip

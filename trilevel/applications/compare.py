@@ -121,7 +121,7 @@ def _predict(task: Any, kind: str, data: str) -> None:
     from trilevel.applications.classification.predictions import items
 
     if kind == "documents":
-        task.predict([data])
+        task.predict([Path(data)])
         return
     texts = [item.text for item in items([data], text_column=getattr(task, "text_column", "text")) if item.text]
     if not texts:

@@ -77,7 +77,6 @@ def _of_artifact(
     from trilevel.applications.artifacts import load
     from trilevel.applications.classification.predictions import items
     from trilevel.applications.images.predictions import files
-    from trilevel.errors import ConfigError
 
     model = load(folder, runtime=None if runtime is None else runtime.value, threads=threads)
     typer.echo(f"{model.runtime} {model.version}, {model.manifest.precision}", err=True)
@@ -89,10 +88,7 @@ def _of_artifact(
         return map(_of_text, task.stream(items(inputs, text_column=text_column or task.text_column)))
     if model.manifest.task == "embedding":
         return _of_vectors(task, items(inputs, text_column=text_column or "text"))
-    raise ConfigError(
-        f"{folder} is for {model.manifest.task}, which has no classes; `trilevel.load(folder).predict(...)` in Python "
-        "runs it."
-    )
+    return _of_documents(task, inputs)
 
 
 def _check_no_column(run: Path, text_column: str | None) -> None:
@@ -132,11 +128,31 @@ def _of_vectors(task: Any, wanted: Iterator[Item]) -> Iterator[_Answer]:
             yield _answer(item, {"vector": vector.tolist()})
 
 
+def _of_documents(task: Any, inputs: list[str]) -> Iterator[_Answer]:
+    import sys
+
+    from trilevel.applications.classification.predictions import is_there
+    from trilevel.data.json_lines import STDIN, read_lines
+
+    for given in inputs:
+        if given == STDIN:
+            for where, text in read_lines(sys.stdin):
+                yield _Answer({"source": where}, where, {"summary": task.predict([text])[0].sentences})
+        else:
+            has_file = is_there(Path(given))
+            (summary,) = task.predict([Path(given) if has_file else given])
+            shown = given if has_file else _shortened(given)
+            yield _Answer({"source" if has_file else "text": given}, shown, {"summary": summary.sentences})
+
+
+def _shortened(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN_CHARACTERS else line[: _SHOWN_CHARACTERS - 1] + "…"
+
+
 def _answer(item: Item, values: dict[str, Any]) -> _Answer:
     record = {"source": item.where} if item.where else {"text": item.text}
-    shown = " ".join(item.text.split())
-    start = shown if len(shown) <= _SHOWN_CHARACTERS else shown[: _SHOWN_CHARACTERS - 1] + "…"
-    return _Answer(record, (f"{item.where}: " if item.where else "") + start, values)
+    return _Answer(record, (f"{item.where}: " if item.where else "") + _shortened(item.text), values)
 
 
 def _of_images(run: Path, inputs: list[str]) -> Iterator[_Answer]:
@@ -166,13 +182,21 @@ def _print_table(answers: Iterator[_Answer]) -> None:
 
     table: Any = None
     for answer in answers:
-        is_vector = "vector" in answer.values
+        cells = _cells(answer)
         if table is None:
-            table = Table(*(("input", "vector") if is_vector else ("input", "class", "softmax")))
-        cells = [_start(answer)] if is_vector else [answer.values["label"] or "(no text)", _best(answer)]
-        table.add_row(*map(Text, (answer.shown, *cells)))
+            table = Table("input", *cells)
+        table.add_row(*map(Text, (answer.shown, *cells.values())))
     if table is not None:
         Console().print(table)
+
+
+def _cells(answer: _Answer) -> dict[str, str]:
+    """What is shown of an answer, by the heading of the column."""
+    if "vector" in answer.values:
+        return {"vector": _start(answer)}
+    if "summary" in answer.values:
+        return {"summary": "\n".join(answer.values["summary"])}
+    return {"class": answer.values["label"] or "(no text)", "softmax": _best(answer)}
 
 
 def _best(answer: _Answer) -> str:

@@ -132,7 +132,7 @@ class PatchEmbedding(nn.Module):
                 f"(batch, {', '.join(map(str, wanted))}) are needed. Resize and normalise the images."
             )
         vectors = self.projection(pixels).flatten(2).transpose(1, 2)
-        extra = self.extra_tokens.weight.expand(len(pixels), -1, -1)
+        extra = self.extra_tokens.weight.expand(pixels.shape[0], -1, -1)
         vectors = torch.cat([extra, vectors], dim=1) + self.positions.weight
         if self.order is not None:
             vectors = vectors.index_select(1, self.order)

@@ -55,9 +55,9 @@ def items(inputs: Sequence[str], *, text_column: str) -> Iterator[Item]:
             yield from map(partial(_of_line, text_column), read_lines(sys.stdin))
         elif not clean(given):
             raise InputError("an empty text; give one with at least one word, or a file.")
-        elif is_table(path) and (_is_there(path) or not _has_space(given)):
+        elif is_table(path) and (is_there(path) or not _has_space(given)):
             yield from (Item(where=row[0], text=text_of(row, text_column)) for row in read_table(path))
-        elif _is_there(path) or (path.suffix.lower() in _DOCUMENTS and not _has_space(given)):
+        elif is_there(path) or (path.suffix.lower() in _DOCUMENTS and not _has_space(given)):
             yield Item(where=given, text=clean(_document(path)))
         else:
             yield Item(where="", text=clean(given))
@@ -109,7 +109,8 @@ def _has_space(given: str) -> bool:
     return any(character.isspace() for character in given)
 
 
-def _is_there(path: Path) -> bool:
+def is_there(path: Path) -> bool:
+    """Whether a file or folder is there; what is too long for a name is none."""
     try:
         return path.exists()
     # a text may be too long for a name

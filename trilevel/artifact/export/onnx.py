@@ -101,10 +101,20 @@ def export_onnx(
     if kinds & set(REFUSED):
         raise ConfigError(f"the graph holds {sorted(kinds & set(REFUSED))}, which break a runtime; it is not written.")
     store_transposed(program.model)
+    _forget_origin(program.model)
     # one file: whoever copies it has all of it
     program.save(str(path), external_data=False)
     given = {name: _tensors(inputs[name], axes[name]) for name in names}
     return given, {output: _tensors(found, axes[output])}
+
+
+def _forget_origin(model: Any) -> None:
+    """Take out where each operator came from: paths of the machine that exports, in most of a small file's bytes."""
+    graph = model.graph
+    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    for part in (model, graph, *graph, *values):
+        part.metadata_props.clear()
+        part.doc_string = None
 
 
 def _tensors(example: Tensor, axes: Sequence[int | str]) -> Tensors:

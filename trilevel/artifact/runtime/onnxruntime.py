@@ -64,7 +64,10 @@ class OnnxRuntime:
     def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Outputs by name."""
         check_inputs(self._inputs, inputs)
-        found = self._session.run(self._outputs, dict(inputs))
+        try:
+            found = self._session.run(self._outputs, dict(inputs))
+        except Exception as error:
+            raise ArtifactError(f"ONNX Runtime {self.version} cannot run {self._path} ({error}).") from error
         return dict(zip(self._outputs, found, strict=True))
 
     def kernels(self) -> Mapping[str, str]:

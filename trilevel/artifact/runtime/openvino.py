@@ -72,7 +72,10 @@ class OpenVino:
     def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Outputs by name."""
         check_inputs(self._inputs, inputs)
-        found = self._request.infer(dict(inputs))
+        try:
+            found = self._request.infer(dict(inputs))
+        except RuntimeError as error:
+            raise ArtifactError(f"OpenVINO {self.version} cannot run the graph ({error}).") from error
         # what the request holds is overwritten by the next call
         return {name: found[name].copy() for name in self._outputs}
 
