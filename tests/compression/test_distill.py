@@ -20,6 +20,7 @@ from trilevel.compression.distill import (
     head_distance,
 )
 from trilevel.compression.keep import Kept
+from trilevel.compression.layers import QuantizedLinear
 from trilevel.compression.prune import PruneConfig, prune
 from trilevel.compression.quantize import QuantizeConfig, quantize
 from trilevel.compression.shrink import prune_encoder
@@ -169,6 +170,19 @@ def test_a_quantized_student_is_compared_by_what_it_computes() -> None:
     config = DistillConfig(teacher_weight=0.0, hidden_weight=0.0, head_weight=1.0)
     found = Distillation(config, teacher, rounded, answers, None)(rounded, batch_of())
     assert 0 < found["heads"].item() < 1e-2
+    # by the rounded map, not its float master
+    seen: list[Tensor] = []
+    layers = [[block.attention for block in blocks_of(model)] for model in (rounded, teacher)]
+    for layer in (*layers[0], *layers[1]):
+        layer.out_proj.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    for model in (rounded, teacher):
+        answers(model, batch_of())
+    distances = []
+    for place, (own, other) in enumerate(zip(*layers, strict=True)):
+        assert isinstance(own.out_proj, QuantizedLinear)
+        maps = (own.out_proj.rounded_weight(), other.out_proj.weight)
+        distances.append(head_distance(seen[place], seen[LAYERS + place], *maps, own.num_heads, PADDING))
+    torch.testing.assert_close(found["heads"], torch.stack(distances).mean(), rtol=1e-6, atol=0)
     found["heads"].backward()
     assert blocks_of(rounded)[0].attention.out_proj.weight.grad is not None
 
