@@ -1,0 +1,125 @@
+"""The documents model written as an artifact, as it is or rounded to INT8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trilevel.applications.documents.artifact import graph_inputs
+from trilevel.applications.documents.backbone import Backbone
+from trilevel.applications.documents.builtin import builtin_document, builtin_pieces
+from trilevel.applications.documents.checkpoint import CHECKPOINT_FOLDER, PRETRAINED, load_run
+from trilevel.applications.documents.data import DocumentBatch, collate
+from trilevel.applications.documents.encoded import Encoded, encode
+from trilevel.applications.documents.graph import ScoringGraph
+from trilevel.applications.documents.model import DocumentModel
+from trilevel.applications.documents.summary import DEFAULT_BUDGET_WORDS
+from trilevel.applications.documents.tokenizer import DocumentTokenizer
+from trilevel.applications.documents.units import FEATURE_SIZES, split_units
+from trilevel.artifact.export.artifact import Graph, export_artifact
+from trilevel.artifact.manifest import Artifact
+from trilevel.compression.quantize import QuantizeConfig, freeze, quantize
+from trilevel.data.documents import Document
+from trilevel.errors import ConfigError, InputError
+from trilevel.model.checkpoint import MODEL_FILE
+from trilevel.model.folder import checked_file, read_manifest
+
+CALIBRATION_TOKENS = 8_192
+"""Of a document, at most."""
+AXES: dict[str, tuple[int | str, ...]] = {
+    "input_ids": ("batch", "tokens"),
+    "token_prior": ("batch", "tokens"),
+    "unit_ends": ("batch", "units"),
+    "unit_features": ("batch", "units", len(FEATURE_SIZES)),
+    "unit_prior": ("batch", "units"),
+    "scores": ("batch", "units"),
+}
+# tokens of the documents of each probe, at most; the longest unit may take more
+PROBES = (
+    *((233, 131), (1,), (17,), (33,), (64,), (65,), (128,), (129, 40, 250)),
+    *((300,), (350, 90), (257,), (400,), (290, 410), (700,), (1_300,), (2_048,)),
+)
+_PIECE_TOKENS = 450
+
+
+def export(
+    source: str | Path | None,
+    out: str | Path,
+    *,
+    target: str,
+    calibration: Sequence[Document] | None,
+    tell: Callable[[str], None],
+) -> Artifact:
+    """See `artifact.export_documents`."""
+    folder = PRETRAINED if source is None else Path(source)
+    model, tokenizer = load_run(folder)
+    if isinstance(model.config.tokens, Backbone):
+        raise ConfigError(
+            f"{folder} stands on a pretrained encoder, which is no part of the run. Export a model with an encoder of "
+            "its own, or the encoder with `trilevel export ENCODER`."
+        )
+    model = model.float()
+    if calibration is not None:
+        tell(f"measuring the ranges of activations on {len(calibration)} documents")
+        model = to_int8(model, [encode(split_units(one), tokenizer) for one in calibration], target=target)
+    config = model.config.to_dict()
+    graph = Graph(
+        task="documents",
+        name="documents" if source is None else folder.name,
+        module=ScoringGraph(model).eval(),
+        calls=_calls(tokenizer),
+        axes=AXES,
+        output="scores",
+        settings={
+            "max_tokens": model.config.max_tokens,
+            "budget_words": DEFAULT_BUDGET_WORDS,
+            "weights_sha256": _weights_sha256(folder),
+            "calibration_documents": None if calibration is None else len(calibration),
+        },
+        levels={"tokens": config["tokens"]["levels"], "units": config["unit_levels"]},
+        tokenizer=tokenizer.to_str(),
+        about=(
+            f"Scores the sentences of documents of up to {model.config.max_tokens:,} tokens, for extractive summaries. "
+            "All of them pass the deep layers: the graph has no focus."
+        ),
+    )
+    return export_artifact(graph, out, target=target, tell=tell)
+
+
+def to_int8(model: DocumentModel, documents: Sequence[Encoded], *, target: str = "portable") -> DocumentModel:
+    """The model with integer weights and activations, ranges measured on documents one by one; no training."""
+    if not documents:
+        raise InputError("no documents to measure ranges on; give some, or builtin_pieces() of documents.builtin.")
+    config = QuantizeConfig(activations="uint8" if target == "cpu" else "int8")
+    batches = [collate([document.cut(CALIBRATION_TOKENS)]) for document in documents]
+    rounded = freeze(quantize(model, config, batches, _run))
+    assert isinstance(rounded, DocumentModel)
+    return rounded.eval()
+
+
+def _run(model: torch.nn.Module, batch: DocumentBatch) -> Tensor:
+    scores: Tensor = model(batch)
+    return scores
+
+
+def _calls(tokenizer: DocumentTokenizer) -> list[dict[str, Tensor]]:
+    """Probes of built-in text: pieces by turns, the long ones of the whole document."""
+    whole = encode(split_units(builtin_document()), tokenizer)
+    pieces = [encode(split_units(piece), tokenizer) for piece in builtin_pieces()]
+    calls, number = [], 0
+    for lengths in PROBES:
+        documents = []
+        for tokens in lengths:
+            documents.append((whole if tokens > _PIECE_TOKENS else pieces[number % len(pieces)]).cut(tokens))
+            number += 1
+        calls.append({name: torch.from_numpy(array) for name, array in graph_inputs(documents).items()})
+    return calls
+
+
+def _weights_sha256(folder: Path) -> str:
+    checkpoint = folder / CHECKPOINT_FOLDER
+    checked_file(checkpoint, MODEL_FILE, manifest := read_manifest(checkpoint))
+    return str(manifest["files"][MODEL_FILE])
