@@ -63,7 +63,9 @@ def test_it_says_what_it_did_and_the_result_is_used_as_any_run(folder: Path) -> 
     found = json.loads((folder / "small" / "report.json").read_text())
     evaluated = call("evaluate", "images", folder / "small", "--split", "valid", cache=folder / "c")
     assert evaluated.exit_code == 0, evaluated.output
-    assert json.loads(evaluated.stdout.splitlines()[-1])["accuracy"] == found["quality"]
+    document = json.loads(evaluated.stdout.splitlines()[-1])
+    assert document["accuracy"] == found["quality"]
+    assert document["parameters"] == found["stages"][-1]["parameters"] < found["source"]["parameters"]
     image = next((folder / "images" / "lying").glob("*.png"))
     predicted = call("predict", folder / "small", image, "--json", cache=folder / "c")
     assert json.loads(predicted.stdout)["label"] in ("lying", "standing")

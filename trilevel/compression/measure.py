@@ -10,14 +10,22 @@ import torch
 from torch import nn
 
 from trilevel.compression.distill import Forward
+from trilevel.compression.layers import FrozenEmbedding, FrozenLinear, FrozenLinear4bit
 from trilevel.compression.quantize import quantized_bytes
 
 REPEATS = 9
 
 
+def count_parameters(model: nn.Module) -> int:
+    """Numbers that were learned, stored integers among them."""
+    frozen = [part for part in model.modules() if isinstance(part, FrozenLinear | FrozenLinear4bit | FrozenEmbedding)]
+    learned = sum(part.numel() for part in model.parameters())
+    return learned + sum(part.weight.numel() for part in frozen)
+
+
 def size(model: nn.Module) -> dict[str, int]:
     """Parameters, and bytes of all tensors as they are stored; of a quantized model before it is frozen."""
-    return {"parameters": sum(part.numel() for part in model.parameters()), "bytes": quantized_bytes(model)}
+    return {"parameters": count_parameters(model), "bytes": quantized_bytes(model)}
 
 
 def latency_ms(

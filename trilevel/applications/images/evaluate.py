@@ -13,6 +13,7 @@ from trilevel.applications.classification.evaluate import Outcome, compare, repo
 from trilevel.applications.images.checkpoint import Run
 from trilevel.applications.images.recipe import data_path
 from trilevel.applications.images.score import classify
+from trilevel.compression.measure import count_parameters
 from trilevel.data.image_folder import check_labels, load_images
 from trilevel.data.image_sources import SPLITS, Progress
 from trilevel.errors import ConfigError, InputError
@@ -124,7 +125,7 @@ def facts(run: Run) -> dict[str, Any]:
     encoder = run.model.config.encoder
     return {
         "dense": encoder.levels is None,
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "parameters": count_parameters(run.model),
         "tokens": run.model.config.patches.num_tokens,
         "teacher": run.origin.teacher,
     }
