@@ -16,7 +16,7 @@ import json, platform, sys
 from trilevel.artifact.manifest import read_artifact
 from trilevel.artifact.runtime.predictor import load_predictor
 from trilevel.artifact.verify import check_probes, integer_kernels
-artifact = read_artifact(Path(sys.argv[1]))
+artifact = read_artifact(sys.argv[1])
 predictor = load_predictor(artifact, "onnxruntime", threads=1)
 found = check_probes(artifact, predictor)
 print(json.dumps({
