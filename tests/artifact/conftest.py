@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
+from tests.artifact import tasks
 from tests.artifact.models import write_mean
 from trilevel.artifact.manifest import Artifact, is_artifact, read_artifact
 
@@ -40,3 +42,15 @@ def dense_artifact(shared_folder: Path) -> Artifact:
 def int8_artifact(shared_folder: Path) -> Artifact:
     """One layer, with integer weights and activations."""
     return _made_once(shared_folder, "mean-int8", is_int8=True)
+
+
+@pytest.fixture(scope="session")
+def task_artifact(shared_folder: Path) -> Callable[[str], Artifact]:
+    """The artifact of `embedding`, `classification`, `images`, or of an `int8` classifier of texts."""
+
+    def made(kind: str) -> Artifact:
+        with FileLock(shared_folder / f"task-{kind}.lock"):
+            folder = shared_folder / f"task-{kind}"
+            return read_artifact(folder) if is_artifact(folder) else tasks.write(kind, folder)
+
+    return made

@@ -37,7 +37,7 @@ def export_classification(
     config = run.model.config
     graph = Graph(
         task="classification",
-        name=run.folder.name,
+        name=run.folder.resolve().name,
         module=Masked(run.model).eval(),
         calls=text_calls(run.tokenizer, max_tokens=config.max_tokens, padding_id=config.padding_id),
         axes={

@@ -37,7 +37,7 @@ def export_images(
     shape = (patches.num_channels, *patches.image_size)
     graph = Graph(
         task="images",
-        name=run.folder.name,
+        name=run.folder.resolve().name,
         module=run.model.eval(),
         calls=image_calls(shape),
         axes={"pixels": ("batch", *shape), "logits": ("batch", len(run.labels))},

@@ -151,6 +151,20 @@ def _matmul_4bit(x: Tensor, packed: Tensor, scale: Tensor, **_: Any) -> Tensor:
     return linear_4bit(x, packed, scale.reshape(packed.shape[:2]))
 
 
+def _gemm(
+    x: Tensor,
+    y: Tensor,
+    bias: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    transA: int = 0,  # noqa: N803 - ONNX's names
+    transB: int = 0,  # noqa: N803
+) -> Tensor:
+    product = alpha * ((x.T if transA else x) @ (y.T if transB else y))
+    return product if bias is None else product + beta * bias
+
+
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     pads, half = options.get("pads", [0] * (2 * (x.ndim - 2))), x.ndim - 2
     if pads[:half] != pads[half:] or options.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
@@ -179,6 +193,7 @@ OPERATORS: dict[str, Callable[..., Made]] = {
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "Gelu": lambda x, approximate="none": F.gelu(x, approximate=approximate),
+    "Gemm": _gemm,
     "Greater": torch.gt,
     "GreaterOrEqual": torch.ge,
     "Identity": lambda x: x,
