@@ -24,15 +24,13 @@ def test_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("levels", [LEVELS, None])
 def test_answers_of_torch(levels: Levels | None, tmp_path: Path) -> None:
-    pytest.importorskip("executorch")
-    from executorch.runtime import Runtime
-
+    runtime = pytest.importorskip("executorch.runtime").Runtime.get()
     model, path = Mean(levels, num_layers=1).eval(), tmp_path / "model.pte"
     export_executorch(model, call(2, 61), path)
     inputs = call(2, 61)
     with torch.no_grad():
         wanted = model(**inputs)
-    found = Runtime.get().load_program(str(path)).load_method("forward").execute(tuple(inputs.values()))[0]
+    found = runtime.load_program(str(path)).load_method("forward").execute(tuple(inputs.values()))[0]
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
