@@ -24,6 +24,8 @@ BARS = (("speedup", ">=", 4.0), ("memory_ratio", "<=", 0.25), ("memory_vs_sdpa",
 LABELS = {
     "trilevel": "trilevel",
     "focus": "trilevel, focus on a fifth",
+    "bfloat16": "trilevel, bfloat16",
+    "int8": "trilevel, INT8 artifact",
     "sdpa": "dense, SDPA",
     "materialised": "dense, materialised",
 }

@@ -104,3 +104,10 @@ def test_rank_correlation_sees_order_alone() -> None:
     assert rank_correlation(scores, np.exp(scores)) == pytest.approx(1.0)
     assert rank_correlation(scores, -scores) == pytest.approx(-1.0)
     assert rank_correlation(scores[:1], scores[:1]) is None
+
+
+def test_a_runtime_is_compared_with_its_own_process_before_the_pass() -> None:
+    found = Measured(attention="int8", tokens=97, peak_memory_bytes=900, loaded_bytes=830)
+    assert comparison(int8=found).above_empty(found) == 70
+    torch_too = Measured(attention="bfloat16", tokens=97, peak_memory_bytes=1050, loaded_bytes=830)
+    assert comparison().above_empty(torch_too) == 50

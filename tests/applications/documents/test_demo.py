@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 from tests.applications.documents.demo_model import document, save_small_model
 from trilevel.applications.documents import compare
+from trilevel.applications.documents import demo as module
 from trilevel.applications.documents import measure as measuring
+from trilevel.applications.documents.builtin import builtin_pieces
 from trilevel.applications.documents.demo import Demo, run_demo
 from trilevel.applications.documents.measure import Job, Measured
 from trilevel.cli.main import app
@@ -27,7 +29,8 @@ from trilevel.data.documents import Document
 FIGURES = {
     "words", "tokens", "sdpa_s", "trilevel_s", "speedup", "materialised_s", "materialised_peak_bytes",
     "sdpa_peak_bytes", "trilevel_peak_bytes", "empty_peak_bytes", "memory_tokens", "memory_ratio", "memory_vs_sdpa",
-    "agreement_with_dense", "report",
+    "agreement_with_dense", "report", "bfloat16_s", "bfloat16_agreement", "int8_s", "int8_peak_bytes",
+    "int8_loaded_bytes", "int8_runtime", "int8_agreement",
 }  # fmt: skip
 
 
@@ -48,6 +51,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
             tokens=passes[0]["tokens"],
             seconds=tuple(last["seconds"]),
             peak_memory_bytes=last["peak_memory_bytes"],
+            loaded_bytes=passes[0]["memory_bytes"],
             scores=np.array(last["scores"]) if last["scores"] else None,
         )
 
@@ -80,6 +84,40 @@ def test_the_report_shows_the_summary_and_the_table(found: Demo) -> None:
     for label in ("trilevel, focus", "dense, SDPA", "dense, materialised", "Sentences, layer 1"):
         assert label in page
     assert "global in layer" in page
+
+
+def test_what_is_left_out_is_said(found: Demo) -> None:
+    assert found.figures["int8_s"] is None
+    assert "INT8 is left out: the artifact holds the shipped model." in found.notes
+    has_bfloat16 = found.figures["bfloat16_s"] is not None
+    assert has_bfloat16 != any("no bfloat16 arithmetic" in note for note in found.notes)
+
+
+def test_other_precisions_beside_float32(
+    model: Path, tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "has_fast_products", lambda _dtype: True)
+    found = run_demo(document(24), out_dir=tmp_path, num_sentences=4, model=model)
+    rows = {row.name: row for row in found.contenders}
+    assert rows["bfloat16"].seconds == found.figures["bfloat16_s"]
+    assert rows["bfloat16"].note.endswith("sentences")
+
+
+@pytest.mark.skipif(not module.has_runtime(), reason="needs ONNX Runtime or OpenVINO")
+def test_int8_chooses_the_sentences_of_the_shipped_model(tmp_path: Path, in_this_process: None) -> None:
+    found = run_demo(builtin_pieces()[0], out_dir=tmp_path, num_sentences=4)
+    (row,) = (row for row in found.contenders if row.name == "int8")
+    assert row.label == f"trilevel, INT8 in {found.figures['int8_runtime']}"
+    assert row.seconds == found.figures["int8_s"]
+    assert found.figures["int8_agreement"] >= 0.6
+
+
+def test_without_a_runtime_it_is_said_what_to_install(
+    tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "installed", lambda: ["torch"])
+    found = run_demo(builtin_pieces()[0], out_dir=tmp_path, num_sentences=4)
+    assert any("pip install 'trilevel[onnxruntime]'" in note for note in found.notes)
 
 
 def test_when_memory_is_short_both_run_shorter(model: Path, tmp_path: Path, in_this_process: None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trilevel.applications.documents.data import Encoded
+from trilevel.applications.documents.encoded import Encoded
 from trilevel.applications.documents.materialised import longest_that_fits
 from trilevel.applications.documents.measure import LIMIT_S, Attention, Job, Measured, measure, save_encoded
 from trilevel.applications.documents.memory import free_bytes
@@ -26,7 +26,8 @@ class Comparison:
     """What was measured; peaks are those of whole processes.
 
     `trilevel_short` is trilevel at the length of `materialised` where that had to be shorter than the document;
-    `focus` is absent for a model without focus.
+    `focus` is absent for a model without focus, `bfloat16` where the processor has none, `int8` where no runtime is
+    installed or the model is not the one that the artifact holds.
     """
 
     empty: Measured
@@ -35,6 +36,8 @@ class Comparison:
     materialised: Measured
     trilevel_short: Measured | None = None
     focus: Measured | None = None
+    bfloat16: Measured | None = None
+    int8: Measured | None = None
 
     @property
     def speedup(self) -> float | None:
@@ -60,10 +63,11 @@ class Comparison:
         return self._ratio(self.trilevel, self.sdpa)
 
     def above_empty(self, measured: Measured) -> int | None:
-        """Peak memory above the empty process, at least one byte."""
-        if measured.peak_memory_bytes is None or self.empty.peak_memory_bytes is None:
+        """Peak memory above the empty process, at least one byte; that of a runtime is the same process before."""
+        empty = measured.loaded_bytes if measured.attention == "int8" else self.empty.peak_memory_bytes
+        if measured.peak_memory_bytes is None or empty is None:
             return None
-        return max(1, measured.peak_memory_bytes - self.empty.peak_memory_bytes)
+        return max(1, measured.peak_memory_bytes - empty)
 
     def _ratio(self, ours: Measured, theirs: Measured) -> float | None:
         numerator, denominator = self.above_empty(ours), self.above_empty(theirs)
@@ -75,6 +79,8 @@ def compare(
     *,
     num_heads: int,
     has_focus: bool,
+    has_bfloat16: bool = False,
+    has_int8: bool = False,
     model: Path | None,
     threads: int,
     memory_bytes: int | None = None,
@@ -100,6 +106,10 @@ def compare(
     }
     if has_focus:
         plan["focus"] = ("focus", encoded.num_tokens, "trilevel with focus")
+    if has_bfloat16:
+        plan["bfloat16"] = ("bfloat16", encoded.num_tokens, "trilevel in bfloat16")
+    if has_int8:
+        plan["int8"] = ("int8", encoded.num_tokens, "trilevel in INT8, without torch")
     if is_short:
         plan["trilevel_short"] = ("trilevel", fits, "trilevel at the length of materialised attention")
     found: dict[str, Measured] = {}

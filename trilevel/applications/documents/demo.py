@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,16 @@ import torch
 
 from trilevel.applications.documents.checkpoint import load_run
 from trilevel.applications.documents.compare import Comparison, Tell, agreement, compare, rank_correlation
-from trilevel.applications.documents.data import MAX_TOKENS, Encoded, encode
+from trilevel.applications.documents.encoded import MAX_TOKENS, Encoded, encode
 from trilevel.applications.documents.measure import LIMIT_S, Measured
 from trilevel.applications.documents.page import Look, look, token_spans, unit_views
 from trilevel.applications.documents.rouge import rouge
 from trilevel.applications.documents.select import Selection
-from trilevel.applications.documents.summarize import choose_units
+from trilevel.applications.documents.summary import choose_units
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.applications.documents.units import Unit, split_units
+from trilevel.artifact.check import default_runtime, installed
+from trilevel.attention.near import has_fast_products
 from trilevel.data.documents import Document
 from trilevel.data.sentences import count_words
 from trilevel.errors import ConfigError
@@ -54,7 +57,10 @@ class _Result:
     look: Look
     chosen: list[int]
     dense_chosen: list[int] | None
+    bfloat16_chosen: list[int] | None
+    int8_chosen: list[int] | None
     comparison: Comparison
+    precisions: tuple[str, ...]
 
 
 def run_demo(
@@ -96,13 +102,20 @@ def run_demo(
         encoded,
         num_heads=max(layer_counts(tokens.num_heads, tokens.num_layers, "num_heads")),
         has_focus=trained.config.focus is not None,
+        has_bfloat16=has_fast_products(torch.bfloat16),
+        has_int8=model is None and has_runtime(),
         model=model,
         threads=torch.get_num_threads(),
         memory_bytes=memory_bytes,
         tell=lambda text, share: tell(text, 0.1 + 0.8 * share),
     )
     tell("writing the report", 0.95)
-    dense = comparison.sdpa.scores
+
+    def chosen(measured: Measured | None) -> list[int] | None:
+        if measured is None or measured.scores is None:
+            return None
+        return choose_units(units, measured.scores, encoded, selection)
+
     result = _Result(
         document=document,
         tokenizer=tokenizer,
@@ -110,15 +123,18 @@ def run_demo(
         encoded=encoded,
         look=seen,
         chosen=choose_units(units, seen.scores, encoded, selection),
-        dense_chosen=None if dense is None else choose_units(units, dense, encoded, selection),
+        dense_chosen=chosen(comparison.sdpa),
+        bfloat16_chosen=chosen(comparison.bfloat16),
+        int8_chosen=chosen(comparison.int8),
         comparison=comparison,
+        precisions=tuple(_left_out(comparison, is_shipped=model is None)),
     )
     return _finished(result, out_dir / "report.html")
 
 
 def _finished(result: _Result, report: Path) -> Demo:
     figures = _figures(result, report)
-    contenders = _contenders(result.comparison)
+    contenders = _contenders(result)
     notes = _notes(result)
     document, encoded = result.document, result.encoded
     content = ReportContent(
@@ -176,16 +192,51 @@ def _figures(result: _Result, report: Path) -> dict[str, Any]:
         "rank_correlation_with_dense": (
             None if dense is None else rank_correlation(result.look.scores[mask], dense[: len(mask)][mask])
         ),
+        "bfloat16_s": None if found.bfloat16 is None else found.bfloat16.median_s,
+        "bfloat16_agreement": None
+        if result.bfloat16_chosen is None
+        else agreement(result.chosen, result.bfloat16_chosen),
+        "int8_s": None if found.int8 is None else found.int8.median_s,
+        "int8_peak_bytes": None if found.int8 is None else found.int8.peak_memory_bytes,
+        "int8_loaded_bytes": None if found.int8 is None else found.int8.loaded_bytes,
+        "int8_runtime": None if found.int8 is None else default_runtime(),
+        "int8_agreement": None if result.int8_chosen is None else agreement(result.chosen, result.int8_chosen),
         "rouge": scored,
         "threads": torch.get_num_threads(),
         "report": str(report),
     }
 
 
-def _contenders(found: Comparison) -> tuple[Contender, ...]:
+def has_runtime() -> bool:
+    """Whether something that runs the INT8 artifact without torch is installed."""
+    return any(name != "torch" for name in installed())
+
+
+def _left_out(found: Comparison, *, is_shipped: bool) -> Iterator[str]:
+    """What is said in place of a row."""
+    if found.bfloat16 is None:
+        yield "bfloat16 is left out: this processor has no bfloat16 arithmetic, and without it takes 20 times as long."
+    if found.int8 is None and is_shipped:
+        yield "INT8 is left out: no runtime is installed. pip install 'trilevel[onnxruntime]'"
+    elif found.int8 is None:
+        yield "INT8 is left out: the artifact holds the shipped model."
+
+
+def _same(ours: list[int], theirs: list[int] | None) -> str:
+    """How many sentences of the summary in float32 another precision chose as well."""
+    if theirs is None:
+        return ""
+    return "the same sentences" if ours == theirs else f"{len(set(ours) & set(theirs))} of {len(ours)} sentences"
+
+
+def _contenders(result: _Result) -> tuple[Contender, ...]:
+    found = result.comparison
+    same = {"bfloat16": result.bfloat16_chosen, "int8": result.int8_chosen, "sdpa": result.dense_chosen}
     rows: list[tuple[str, str, Measured | None]] = [
         ("trilevel", "trilevel", found.trilevel),
         ("trilevel-focus", "trilevel, focus", found.focus),
+        ("bfloat16", "trilevel, bfloat16", found.bfloat16),
+        ("int8", f"trilevel, INT8 in {default_runtime()}", found.int8),
         ("sdpa", "dense, SDPA", found.sdpa),
         ("materialised", "dense, materialised", found.materialised),
         ("trilevel-short", "trilevel, same length", found.trilevel_short),
@@ -198,7 +249,7 @@ def _contenders(found: Comparison) -> tuple[Contender, ...]:
             seconds=measured.median_s,
             runs=len(measured.seconds),
             peak_memory_bytes=found.above_empty(measured),
-            note=measured.stopped,
+            note=measured.stopped or _same(result.chosen, same.get(name)),
         )
         for name, label, measured in rows
         if measured is not None
@@ -207,7 +258,9 @@ def _contenders(found: Comparison) -> tuple[Contender, ...]:
 
 def _notes(result: _Result) -> tuple[str, ...]:
     found = result.comparison
-    notes = []
+    notes = list(result.precisions)
+    if found.int8 is not None:
+        notes.append("INT8 runs without torch; its memory is that above its own process with everything loaded.")
     if found.trilevel_short is not None:
         notes.append(
             f"Materialised attention ran on the first {found.materialised.tokens:,} tokens, the longest length whose "

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ import numpy as np
 from trilevel.applications.documents.memory import peak_bytes, reset_peak, return_freed
 from trilevel.errors import ImplementationError
 
-Attention = Literal["empty", "trilevel", "focus", "sdpa", "materialised"]
+Attention = Literal["empty", "trilevel", "focus", "bfloat16", "int8", "sdpa", "materialised"]
 MIN_RUNS = 3
 MAX_RUNS = 9
 LIMIT_S = 60.0
@@ -46,7 +47,7 @@ class Job:
     """What to measure.
 
     `document` is an `.npz` that `save_encoded` wrote, cut to `max_tokens`; `model` a folder, None for the shipped one;
-    `threads` are torch's. `empty` loads everything and runs no document.
+    `threads` are torch's. `empty` loads everything and runs no document; `int8` is the shipped artifact, without torch.
     """
 
     attention: Attention
@@ -63,13 +64,15 @@ class Measured:
 
     `seconds` are the passes after the warm-up (the warm-up alone when there was no time for another);
     `peak_memory_bytes` is that of the whole process in its first pass over the document, with freed memory returned to
-    the system at once; `scores` (units,); `stopped` says why there is no time, if so.
+    the system at once, and `loaded_bytes` what it held before; `scores` (units,); `stopped` says why there is no time,
+    if so.
     """
 
     attention: Attention
     tokens: int
     seconds: tuple[float, ...] = ()
     peak_memory_bytes: int | None = None
+    loaded_bytes: int | None = None
     scores: np.ndarray | None = None
     stopped: str = ""
 
@@ -108,7 +111,7 @@ def measure(job: Job, *, on_pass: Callable[[], None] = lambda: None) -> Measured
 def _follow(process: subprocess.Popen[str], job: Job, on_pass: Callable[[], None]) -> Measured | None:
     """Read events until the last one or a time limit; None when the process ended before."""
     lines = _lines(process)
-    limit_s, tokens = LOAD_LIMIT_S, 0
+    limit_s, tokens, loaded = LOAD_LIMIT_S, 0, None
     while True:
         try:
             line = lines.get(timeout=limit_s)
@@ -123,7 +126,7 @@ def _follow(process: subprocess.Popen[str], job: Job, on_pass: Callable[[], None
             return None
         event = json.loads(line)
         if event["event"] == "ready":
-            limit_s, tokens = job.limit_s, event["tokens"]
+            limit_s, tokens, loaded = job.limit_s, event["tokens"], event["memory_bytes"]
         elif event["event"] == "pass":
             on_pass()
         else:
@@ -133,6 +136,7 @@ def _follow(process: subprocess.Popen[str], job: Job, on_pass: Callable[[], None
                 tokens=tokens,
                 seconds=tuple(event["seconds"]),
                 peak_memory_bytes=event["peak_memory_bytes"],
+                loaded_bytes=loaded,
                 scores=scores,
             )
 
@@ -166,28 +170,47 @@ def save_encoded(path: Path, encoded: Any) -> None:
 
 
 def _load_encoded(path: str) -> Any:
-    from trilevel.applications.documents.data import Encoded
+    from trilevel.applications.documents.encoded import Encoded
 
     with np.load(path, allow_pickle=False) as stored:
         arrays = {name: stored[name] for name in stored.files}
     return Encoded(**{**arrays, "units_left_out": int(arrays["units_left_out"])})
 
 
-def _run(job: Job) -> Iterator[dict[str, Any]]:
+_Prepare = Callable[[Any], Callable[[], np.ndarray]]
+"""What makes a pass over an `Encoded` document, which gives scores (units,)."""
+
+
+def _in_torch(job: Job) -> _Prepare:
     import torch
 
     from trilevel.applications.documents.passes import load_variant, prepare
 
     torch.set_num_threads(job.threads)
+    return partial(prepare, load_variant(job.model, job.attention), attention=job.attention)
+
+
+def _in_runtime(job: Job) -> _Prepare:
+    from trilevel.applications.documents.artifact import INT8, DocumentPredictor
+    from trilevel.artifact.check import default_runtime
+    from trilevel.artifact.manifest import read_artifact
+    from trilevel.artifact.runtime.predictor import load_predictor
+
+    artifact = read_artifact(INT8)
+    predictor = DocumentPredictor(artifact, load_predictor(artifact, default_runtime(), threads=job.threads))
+    return lambda encoded: partial(predictor.score, encoded)
+
+
+def _run(job: Job) -> Iterator[dict[str, Any]]:
     encoded = _load_encoded(job.document).cut(job.max_tokens)
-    model = load_variant(job.model, job.attention)
+    prepare = (_in_runtime if job.attention == "int8" else _in_torch)(job)
     # the warm-up pass is the one whose memory counts: what it frees leaves the process at once, so that the peak is
     # what the pass holds and not what the allocator kept; the timed passes run with an allocator that keeps
     return_freed(True)
-    prepare(model, encoded.cut(SHORT_TOKENS), job.attention)()
-    run = prepare(model, encoded, job.attention)
+    prepare(encoded.cut(SHORT_TOKENS))()
+    run = prepare(encoded)
     reset_peak()
-    yield {"event": "ready", "tokens": encoded.num_tokens}
+    yield {"event": "ready", "tokens": encoded.num_tokens, "memory_bytes": peak_bytes()}
     seconds: list[float] = []
     scores = None
     peak = peak_bytes()

@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 from trilevel.applications.documents.checkpoint import load_run
-from trilevel.applications.documents.data import DocumentBatch, Encoded, collate
+from trilevel.applications.documents.data import DocumentBatch, collate
+from trilevel.applications.documents.encoded import Encoded
 from trilevel.applications.documents.materialised import materialise
 from trilevel.applications.documents.measure import Attention
 from trilevel.applications.documents.model import DocumentModel
 
 
 def load_variant(folder: str | None, attention: Attention) -> DocumentModel:
-    """The model of a folder (None: the shipped one) in float32 with this attention; the weights stay the same."""
+    """The model of a folder (None: the shipped one) with this attention and the same weights, in float32 but one."""
     model = load_run(folder)[0].float()
+    if attention == "bfloat16":
+        model = model.bfloat16()
     if attention in ("sdpa", "materialised"):
         # the twin alone stays in memory
         model = model.dense()
