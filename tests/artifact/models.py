@@ -75,7 +75,7 @@ def _copy(source: Path, path: Path) -> None:
 @cache
 def int8_model() -> nn.Module:
     """A model of one layer with integer weights and activations."""
-    batches, config = [call(2, 53), call(3, 17), call(1, 127)], QuantizeConfig(weight_bits=7)
+    batches, config = [call(2, 53), call(3, 17), call(1, 127)], QuantizeConfig()
     return freeze(quantize(Mean(LEVELS, num_layers=1).eval(), config, batches, lambda model, batch: model(**batch)))
 
 
