@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from trilevel.attention.layer import MultiLevelAttention
     from trilevel.attention.levels import LevelRatio, Levels
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 __all__ = ["LevelRatio", "Levels", "MultiLevelAttention", "__version__", "load", "multi_level_attention"]
 
 _HOMES = {

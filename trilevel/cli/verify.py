@@ -58,20 +58,18 @@ def _print(rows: list[Row], num_files: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    # a table in a file needs no terminal's width
+    console = Console(width=None if Console().is_terminal else 120)
     table = Table(title=f"{num_files} files are as they were written")
-    for heading in ("runtime", "precision", "difference", "allowed", "cosine", "agreement"):
-        table.add_column(heading)
-    for heading in ("same tokens", "integer kernels", "on data", ""):
+    for heading in ("runtime", "differs by", "cosine", "same answer", "same tokens", "integer kernels", "data by", ""):
         table.add_column(heading)
     for row in rows:
         own, found = row.checked, row.checked.parity
-        shown = ("", "", "", "") if found is None else (
-            f"{found.difference:.1e}", f"{found.tolerance:g}", f"{found.cosine:.6f}", f"{found.agreement:.3f}"
+        shown = ("", "", "") if found is None else (
+            f"{found.difference:.1e} of {found.tolerance:g}", f"{found.cosine:.4f}", f"{found.agreement:.3f}"
         )  # fmt: skip
         table.add_row(
-            f"{own.runtime} {own.version}",
-            own.precision,
+            f"{own.runtime} {own.version}, {own.precision}",
             *shown,
             "" if row.overlap is None else f"{row.overlap:.4f}",
             "" if own.integer_kernels is None else str(own.integer_kernels),
