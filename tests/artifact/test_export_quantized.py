@@ -28,12 +28,20 @@ CONFIGS: dict[str, QuantizeConfig] = {
     "int8": QuantizeConfig(),
     "uint8": QuantizeConfig(activations="uint8"),
     "int8_plain": QuantizeConfig(smooth=None),
+    "table_4bit": QuantizeConfig(embedding_bits=4),
     "weights": QuantizeConfig(activations=None),
     "weights_4bit": QuantizeConfig(activations=None, weight_bits=4),
 }
 MODELS = ["mlp", "block"]
 # an export takes seconds: the two grids on the block, and what only one model has, by default
-SLOW = [("block", "int8_plain"), ("block", "weights"), ("mlp", "weights_4bit"), ("mlp", "uint8"), ("mlp", "int8_plain")]
+SLOW = [
+    ("block", "int8_plain"),
+    ("block", "table_4bit"),
+    ("block", "weights"),
+    ("mlp", "weights_4bit"),
+    ("mlp", "uint8"),
+    ("mlp", "int8_plain"),
+]
 CASES = [
     pytest.param(model, config, marks=[pytest.mark.slow] if (model, config) in SLOW else [], id=f"{model}-{config}")
     for model in MODELS
@@ -113,7 +121,7 @@ class Exported:
     """A frozen model, its file, and both runtimes on it."""
 
     def __init__(self, model: str, config: str, folder: Path) -> None:
-        self.module = made(model, config)
+        self.module, self.config = made(model, config), CONFIGS[config]
         self.path, optimized = folder / "model.onnx", folder / "optimized.onnx"
         program = export(self.module)
         self.num_transposed = store_transposed(program.model)
@@ -191,19 +199,22 @@ class TestExported:
     def test_weights_and_table_are_stored_once_as_integers(self, exported: Exported) -> None:
         graph = onnx.load(str(exported.path)).graph
         floats = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
-        assert all(int(np.prod(tensor.dims)) <= VOCABULARY for tensor in floats)
+        # scales, one for each row of the table or two for its groups
+        assert all(int(np.prod(tensor.dims)) <= 2 * VOCABULARY for tensor in floats)
         table = next(node for node in graph.node if node.op_type == "Gather")
         stored = {tensor.name: tensor for tensor in graph.initializer}
-        assert stored[table.input[0]].data_type == onnx.TensorProto.INT8
-        assert list(stored[table.input[0]].dims) == [VOCABULARY, 64]
+        is_packed = exported.config.embedding_bits == 4
+        kind = onnx.TensorProto.UINT8 if is_packed else onnx.TensorProto.INT8
+        assert stored[table.input[0]].data_type == kind
+        assert list(stored[table.input[0]].dims) == [VOCABULARY, 32 if is_packed else 64]
         reader = next(node for node in graph.node if table.output[0] in node.input)
-        assert reader.op_type == "DequantizeLinear"
+        assert reader.op_type == ("Cast" if is_packed else "DequantizeLinear")
         stored_bytes = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in graph.initializer)
         assert stored_bytes <= quantized_bytes(exported.module) + 1_000
         # nodes, names and the exporter's notes
         assert exported.path.stat().st_size <= stored_bytes + 70_000
         # OpenVINO keeps the table in integers too
-        assert ("Gather", "ref_any_i8") in exported.kernels()
+        assert ("Gather", "ref_any_I8" if is_packed else "ref_any_i8") in exported.kernels()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from trilevel.attention.layer import MultiLevelAttention
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.compression.layers import (
     FrozenEmbedding,
+    FrozenEmbedding4bit,
     FrozenLinear,
     FrozenLinear4bit,
     QuantizedEmbedding,
@@ -39,6 +40,7 @@ CONFIGS: dict[str, QuantizeConfig] = {
     "smooth": QuantizeConfig(activations="uint8"),
     "percentile": QuantizeConfig(observer="percentile", percentile=99.9),
     "learned": QuantizeConfig(learned_ranges=True, smooth=0.5),
+    "table_4bit": QuantizeConfig(embedding_bits=4, smooth=None),
     "weights": QuantizeConfig(activations=None),
     "weights_4bit": QuantizeConfig(activations=None, weight_bits=4),
     "weights_4bit_learned": QuantizeConfig(activations=None, weight_bits=4, group_size=64, learned_ranges=True),
@@ -152,6 +154,25 @@ def test_groups_of_four_bits_are_rounded_each_on_its_own() -> None:
     assert relative(ours, linear.weight) <= relative(plain, linear.weight)
     assert isinstance(frozen, FrozenLinear4bit)
     assert frozen.packed.shape == (5, 3, 16)
+
+
+@pytest.mark.parametrize("dim", [32, 40])
+def test_rows_of_four_bits_are_rounded_by_groups(dim: int) -> None:
+    table = nn.Embedding(19, dim, padding_idx=0)
+    frozen = freeze(quantize(nn.Sequential(table), QuantizeConfig(embedding_bits=4)))[0]  # type: ignore[index]
+    assert isinstance(frozen, FrozenEmbedding4bit)
+    groups = -(-dim // 32)
+    assert frozen.packed.shape == (19, 16 * groups)
+    assert frozen.row_scale.shape == (19, groups)
+    for row in range(19):
+        for group in range(groups):
+            own = table.weight[row, 32 * group : 32 * group + 32]
+            scale = frozen.row_scale[row, group]
+            wanted = (own / scale).round().clamp(-8, 7) * scale
+            torch.testing.assert_close(frozen.weight[row, 32 * group : 32 * group + 32], wanted)
+    ids = torch.tensor([[3, 0], [18, 3]])
+    assert torch.equal(frozen(ids), frozen.weight[ids])
+    assert not frozen(torch.tensor([0])).any()
 
 
 @pytest.mark.parametrize("levels", [LEVELS, STRICT, None], ids=["calibrated", "strict", "dense"])
@@ -298,6 +319,8 @@ def test_errors_say_what_is_needed() -> None:
         QuantizeConfig(observer="best")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="weight_bits=3 must be 8 or 4"):
         QuantizeConfig(weight_bits=3)
+    with pytest.raises(ConfigError, match="embedding_bits=7 must be 8 or 4"):
+        QuantizeConfig(embedding_bits=7)
     with pytest.raises(ConfigError, match=r"weight_bits=4 is for weights alone.*Set activations=None"):
         QuantizeConfig(weight_bits=4)
     with pytest.raises(ConfigError, match="group_size=48 must be 32, 64 or 128"):

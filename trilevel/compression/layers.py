@@ -181,31 +181,50 @@ class QuantizedLinear(nn.Linear):
 
 
 class QuantizedEmbedding(nn.Embedding):
-    """A table whose rows are rounded to 8 bits as they are read, each with its own scale; zero rows stay zero."""
+    """A table whose rows are rounded as they are read; zero rows stay zero.
 
+    8 bits: a scale for each row. 4 bits: a scale for each group of features of each row.
+    """
+
+    bits: int
+    group_size: int
     row_scale: Tensor
 
     @classmethod
-    def of(cls, embedding: nn.Embedding) -> QuantizedEmbedding:
+    def of(cls, embedding: nn.Embedding, *, bits: int = 8, group_size: int = 32) -> QuantizedEmbedding:
         """Take over the table of `embedding`."""
         made = cls(embedding.num_embeddings, embedding.embedding_dim, device="meta")
         made.padding_idx, made.weight = embedding.padding_idx, embedding.weight
-        made.register_buffer("row_scale", _scale_8bit(embedding.weight.detach()))
+        made.bits, made.group_size = bits, group_size if bits == 4 else 0
+        table = embedding.weight.detach()
+        made.register_buffer("row_scale", _scale_8bit(table) if bits == 8 else _scale_4bit(_groups(table, group_size)))
         return made.train(embedding.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """Ids of any shape to `(..., dim)`."""
         rows = F.embedding(x, self.weight, self.padding_idx).flatten(0, -2)
         zero = torch.zeros((), dtype=torch.int8, device=rows.device)
-        rounded = fake_quantize(rows, self.row_scale[x.flatten()], zero, *WEIGHT_LIMITS[8], axis=0)
-        return rounded.view(*x.shape, self.embedding_dim)
+        scale = self.row_scale[x.flatten()]
+        if self.bits == 4:
+            groups = _groups(rows, self.group_size)
+            flat = fake_quantize(groups.flatten(0, 1), scale.flatten(), zero, *WEIGHT_LIMITS[4], axis=0)
+            rounded = flat.view(groups.shape).flatten(1)[:, : self.embedding_dim]
+        else:
+            rounded = fake_quantize(rows, scale, zero, *WEIGHT_LIMITS[8], axis=0)
+        return rounded.reshape(*x.shape, self.embedding_dim)
 
     @torch.no_grad()
-    def frozen(self) -> FrozenEmbedding:
+    def frozen(self) -> FrozenEmbedding | FrozenEmbedding4bit:
         """The same table with its integers stored."""
         zero = torch.zeros((), dtype=torch.int8, device=self.weight.device)
-        q = quantize_tensor(self.weight, self.row_scale, zero, *WEIGHT_LIMITS[8], axis=0).to(torch.int8)
-        return FrozenEmbedding(q, self.row_scale.clone(), self.padding_idx).train(self.training)
+        scale = self.row_scale.clone()
+        if self.bits == 8:
+            q = quantize_tensor(self.weight, scale, zero, *WEIGHT_LIMITS[8], axis=0).to(torch.int8)
+            return FrozenEmbedding(q, scale, self.padding_idx).train(self.training)
+        groups = _groups(self.weight, self.group_size)
+        q = quantize_tensor(groups.flatten(0, 1), scale.flatten(), zero, *WEIGHT_LIMITS[4], axis=0)
+        packed = FrozenEmbedding4bit.pack(q.view(groups.shape).flatten(1))
+        return FrozenEmbedding4bit(packed, scale, self.padding_idx, self.embedding_dim).train(self.training)
 
 
 # subclasses, so that what looks for linear maps and tables finds them; their parameters are properties and buffers
@@ -286,6 +305,47 @@ class FrozenEmbedding(nn.Embedding):
         rows = dequantize(F.embedding(x, self.weight_int8), self.row_scale.new_ones(()))
         values: Tensor = rows * F.embedding(x, self.row_scale[:, None])
         return values
+
+
+class FrozenEmbedding4bit(nn.Embedding):
+    """A table of stored 4-bit rows, uint8 `(num_embeddings, padded_dim / 2)`, and a scale for each group of features.
+
+    The low half of byte i is feature i, the high half feature `padded_dim / 2 + i`: arithmetic that every runtime has
+    takes them apart.
+    """
+
+    packed: Tensor
+    row_scale: Tensor
+
+    def __init__(self, packed: Tensor, row_scale: Tensor, padding_idx: int | None, embedding_dim: int) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = packed.shape[0], embedding_dim
+        self.padding_idx = padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.register_buffer("packed", packed)
+        self.register_buffer("row_scale", row_scale)
+
+    @staticmethod
+    def pack(q: Tensor) -> Tensor:
+        """Integers -8..7 `(rows, padded_dim)` as bytes."""
+        low, high = (q.to(torch.int16) - WEIGHT_LIMITS[4][0]).to(torch.uint8).chunk(2, 1)
+        return low | (high << 4)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]  # computed, not stored
+        """The table in floating point."""
+        return self._values(self.packed, self.row_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Ids of any shape to `(..., dim)`; only the rows that are read are made float."""
+        return self._values(F.embedding(x, self.packed), F.embedding(x, self.row_scale))
+
+    def _values(self, packed: Tensor, scale: Tensor) -> Tensor:
+        both = packed.to(scale.dtype)
+        high = torch.floor(both / 16)
+        values = torch.cat([both - 16 * high, high], -1) + WEIGHT_LIMITS[4][0]
+        grouped = values.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]
+        return grouped.flatten(-2)[..., : self.embedding_dim]
 
 
 def _scale_8bit(weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from trilevel.compression.distill import Forward
-from trilevel.compression.layers import FrozenEmbedding, FrozenLinear, FrozenLinear4bit
+from trilevel.compression.layers import FrozenEmbedding, FrozenEmbedding4bit, FrozenLinear, FrozenLinear4bit
 from trilevel.compression.quantize import quantized_bytes
 
 REPEATS = 9
@@ -18,7 +18,8 @@ REPEATS = 9
 
 def count_parameters(model: nn.Module) -> int:
     """Numbers that were learned, stored integers among them."""
-    frozen = [part for part in model.modules() if isinstance(part, FrozenLinear | FrozenLinear4bit | FrozenEmbedding)]
+    kinds = FrozenLinear | FrozenLinear4bit | FrozenEmbedding | FrozenEmbedding4bit
+    frozen = [part for part in model.modules() if isinstance(part, kinds)]
     learned = sum(part.numel() for part in model.parameters())
     return learned + sum(part.weight.numel() for part in frozen)
 

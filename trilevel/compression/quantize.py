@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trilevel.compression.layers import (
     FrozenEmbedding,
+    FrozenEmbedding4bit,
     FrozenLinear,
     FrozenLinear4bit,
     InputGrid,
@@ -31,7 +32,7 @@ FLOAT_PARTS = frozenset({"scorer", "region_gate", "unit_scorer"})
 """Never quantized: they choose tokens and units, and a flipped choice costs more than their few weights."""
 SMALLEST_TABLE = 16
 """Rows; a smaller table saves nothing, and token types are also read past `forward`."""
-_QUANTIZED = (QuantizedLinear, QuantizedEmbedding, FrozenLinear, FrozenLinear4bit, FrozenEmbedding)
+_QUANTIZED = (QuantizedLinear, QuantizedEmbedding, FrozenLinear, FrozenLinear4bit, FrozenEmbedding, FrozenEmbedding4bit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,8 @@ class QuantizeConfig:
         percentile: for the observer of that name.
         weight_bits: 8, or 4 with `activations=None`.
         group_size: 32, 64 or 128 inputs that share a scale, for 4 bits.
-        quantize_embeddings: tables of 16 rows or more get 8 bits, a scale for each row.
+        quantize_embeddings: tables of 16 rows or more are rounded.
+        embedding_bits: 8 with a scale for each row, or 4 with one for each group.
         smooth: alpha of SmoothQuant, 0 to 1; None for none. Nothing to smooth with `activations=None`.
         learned_ranges: scales of inputs and weights are parameters for the training that follows; else they stay.
         skip: names of modules that stay float, with everything in them.
@@ -60,6 +62,7 @@ class QuantizeConfig:
     weight_bits: int = 8
     group_size: int = 32
     quantize_embeddings: bool = True
+    embedding_bits: int = 8
     smooth: float | None = 0.85
     learned_ranges: bool = False
     skip: tuple[str, ...] = ()
@@ -72,6 +75,8 @@ class QuantizeConfig:
         check_percentile(self.percentile)
         if self.weight_bits not in (4, 8):
             raise ConfigError(f"weight_bits={self.weight_bits} must be 8 or 4.")
+        if self.embedding_bits not in (4, 8):
+            raise ConfigError(f"embedding_bits={self.embedding_bits} must be 8 or 4.")
         if self.weight_bits == 4 and self.activations is not None:
             raise ConfigError(
                 f"weight_bits=4 is for weights alone, and activations={self.activations!r}. Set activations=None."
@@ -139,7 +144,7 @@ def prepare(model: nn.Module, config: QuantizeConfig, batches: Iterable[Any] = (
     made: dict[str, QuantizedLinear | QuantizedEmbedding] = {}
     for name, part in chosen.items():
         if isinstance(part, nn.Embedding):
-            made[name] = QuantizedEmbedding.of(part)
+            made[name] = QuantizedEmbedding.of(part, bits=config.embedding_bits, group_size=config.group_size)
             continue
         made[name] = QuantizedLinear.of(
             part,
@@ -314,6 +319,9 @@ def _empty(part: nn.Linear | nn.Embedding, own: dict[str, Tensor]) -> nn.Module:
     """A frozen module with room for the tensors of `own`."""
     room = {key: torch.empty_like(value) for key, value in own.items()}
     if isinstance(part, nn.Embedding):
+        if "packed" in room:
+            frozen_table = FrozenEmbedding4bit(room["packed"], room["row_scale"], part.padding_idx, part.embedding_dim)
+            return frozen_table.train(part.training)
         return FrozenEmbedding(room["weight_int8"], room["row_scale"], part.padding_idx).train(part.training)
     reads = Reads(*(room.get(f"reads.input_{name}") for name in ("multiplier", "scale", "zero_point")))
     bias = nn.Parameter(room["bias"]) if "bias" in room else None

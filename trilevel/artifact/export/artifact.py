@@ -31,7 +31,7 @@ from trilevel.artifact.manifest import (
     write_artifact,
 )
 from trilevel.artifact.probe import Probe, write_probes
-from trilevel.compression.layers import FrozenEmbedding, FrozenLinear, FrozenLinear4bit, Reads
+from trilevel.compression.layers import FrozenEmbedding, FrozenEmbedding4bit, FrozenLinear, FrozenLinear4bit, Reads
 from trilevel.errors import ArtifactError, CheckpointError, ConfigError
 from trilevel.model.folder import sha256_of
 
@@ -109,7 +109,7 @@ def precision_of(module: nn.Module) -> str:
     kinds = {type(part) for part in module.modules()}
     if FrozenLinear4bit in kinds:
         return "int4"
-    return "int8" if kinds & {FrozenLinear, FrozenEmbedding} else "float32"
+    return "int8" if kinds & {FrozenLinear, FrozenEmbedding, FrozenEmbedding4bit} else "float32"
 
 
 def check_finite(module: nn.Module) -> None:

@@ -190,6 +190,7 @@ OPERATORS: dict[str, Callable[..., Made]] = {
     "Equal": torch.eq,
     "Exp": torch.exp,
     "Expand": _expand,
+    "Floor": torch.floor,
     "Gather": _gather,
     "GatherElements": _gather_elements,
     "Gelu": lambda x, approximate="none": F.gelu(x, approximate=approximate),
