@@ -344,7 +344,7 @@ class FrozenEmbedding4bit(nn.Embedding):
         both = packed.to(scale.dtype)
         high = torch.floor(both / 16)
         values = torch.cat([both - 16 * high, high], -1) + WEIGHT_LIMITS[4][0]
-        grouped = values.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]
+        grouped: Tensor = values.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]
         return grouped.flatten(-2)[..., : self.embedding_dim]
 
 
