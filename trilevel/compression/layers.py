@@ -223,7 +223,7 @@ class QuantizedEmbedding(nn.Embedding):
             return FrozenEmbedding(q, scale, self.padding_idx).train(self.training)
         groups = _groups(self.weight, self.group_size)
         q = quantize_tensor(groups.flatten(0, 1), scale.flatten(), zero, *WEIGHT_LIMITS[4], axis=0)
-        packed = FrozenEmbedding4bit.pack(q.view(groups.shape).flatten(1))
+        packed = pack_4bit(q.view(groups.shape)).flatten(1)
         return FrozenEmbedding4bit(packed, scale, self.padding_idx, self.embedding_dim).train(self.training)
 
 
@@ -310,8 +310,7 @@ class FrozenEmbedding(nn.Embedding):
 class FrozenEmbedding4bit(nn.Embedding):
     """A table of stored 4-bit rows, uint8 `(num_embeddings, padded_dim / 2)`, and a scale for each group of features.
 
-    The low half of byte i is feature i, the high half feature `padded_dim / 2 + i`: arithmetic that every runtime has
-    takes them apart.
+    Bytes as `pack_4bit` packs them; arithmetic that every runtime has takes them apart.
     """
 
     packed: Tensor
@@ -325,12 +324,6 @@ class FrozenEmbedding4bit(nn.Embedding):
         self.register_buffer("packed", packed)
         self.register_buffer("row_scale", row_scale)
 
-    @staticmethod
-    def pack(q: Tensor) -> Tensor:
-        """Integers -8..7 `(rows, padded_dim)` as bytes."""
-        low, high = (q.to(torch.int16) - WEIGHT_LIMITS[4][0]).to(torch.uint8).chunk(2, 1)
-        return low | (high << 4)
-
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # computed, not stored
         """The table in floating point."""
@@ -343,7 +336,7 @@ class FrozenEmbedding4bit(nn.Embedding):
     def _values(self, packed: Tensor, scale: Tensor) -> Tensor:
         both = packed.to(scale.dtype)
         high = torch.floor(both / 16)
-        values = torch.cat([both - 16 * high, high], -1) + WEIGHT_LIMITS[4][0]
+        values = torch.stack([both - 16 * high, high], -1).flatten(-2) + WEIGHT_LIMITS[4][0]
         grouped: Tensor = values.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]
         return grouped.flatten(-2)[..., : self.embedding_dim]
 

@@ -128,7 +128,7 @@ class CompressionPlan:
         for stage in self.stages:
             if stage.name == "distill" and stage.recovery.is_empty:
                 raise ConfigError("distill alone is training; give it steps or epochs in the table distill.train.")
-            if stage.name != "distill" and isinstance(stage.config, PruneConfig):
+            if isinstance(stage.config, PruneConfig):
                 self._check_heads(stage.config)
 
     def _check_heads(self, pruning: PruneConfig) -> None:
@@ -213,9 +213,9 @@ def _recovery(given: Any, stage: Name, path: Path) -> Recovery:
     name = f"{stage}.train"
     table = _table(given, name, path)
     own = {key: table.pop(key) for key in ("steps", "epochs", "warmup_fraction") if key in table}
-    for key in {"warmup_steps": "warmup_fraction", "seed": "the option --seed"}.items():
-        if key[0] in table:
-            raise ConfigError(f"{path}: [{name}] {key[0]} follows from {key[1]}; leave it out.")
+    for key, origin in {"warmup_steps": "warmup_fraction", "seed": "the option --seed"}.items():
+        if key in table:
+            raise ConfigError(f"{path}: [{name}] {key} follows from {origin}; leave it out.")
     train = _said(lambda: train_config(_train(_RATES[stage]), table, path), f"[{name}] ", path)
     recovery: Recovery = _said(lambda: from_mapping(Recovery, own | {"train": train}), f"[{name}] ", path)
     if table and recovery.is_empty:

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trilevel.errors import CheckpointError, require
-from trilevel.model.folder import CONFIG_FILE, check_names, checked_file, find_folder, read_manifest, write_folder
+from trilevel.model.folder import (
+    CONFIG_FILE,
+    check_names,
+    checked_file,
+    find_folder,
+    read_manifest,
+    sha256_of,
+    write_folder,
+)
 from trilevel.model.optimizer_state import flatten_optimizer, restore_optimizer
 from trilevel.model.random_state import random_state, set_random_state
 
@@ -32,6 +40,13 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     state: dict[str, Any]
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """The hash of the weights in the checkpoint `folder`, which is there."""
+    found = find_folder(Path(folder))
+    assert found is not None
+    return sha256_of(found / MODEL_FILE)
 
 
 def save_checkpoint(

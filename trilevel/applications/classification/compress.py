@@ -26,9 +26,9 @@ from trilevel.compression.distill import Outputs
 from trilevel.compression.written import write_json
 from trilevel.conversion.sequences import pad
 from trilevel.errors import ConfigError, InputError
-from trilevel.model.checkpoint import MODEL_FILE, save_checkpoint
+from trilevel.model.checkpoint import save_checkpoint, weights_sha256
 from trilevel.model.config import from_mapping
-from trilevel.model.folder import find_folder, sha256_of
+from trilevel.model.folder import sha256_of
 from trilevel.training.objectives import sequence_loss
 
 NUM_CALIBRATION_TEXTS, CALIBRATION_BATCH = 256, 8
@@ -59,7 +59,7 @@ class ClassificationTask:
 
     def __init__(self, run: Run, data: Data, settings: DataConfig) -> None:
         self.run, self.model, self.settings = run, run.model, settings
-        self.source_sha256, self.data_sha256 = _weights_sha256(run.folder), _digest(data)
+        self.source_sha256, self.data_sha256 = weights_sha256(run.folder / CHECKPOINT_FOLDER), _digest(data)
         self.texts = {split: self._tensors(data, split) for split in ("train", "valid")}
         sequences, labels = self.texts["train"]
         self.batches = TextBatches(sequences, labels, padding_id=run.model.config.padding_id, **asdict(settings))
@@ -133,7 +133,7 @@ class ClassificationTask:
             raise ConfigError(
                 f"{run.folder} has another tokenizer than {self.run.folder}; choose a teacher with the same."
             )
-        return run.model, _weights_sha256(run.folder)
+        return run.model, weights_sha256(run.folder / CHECKPOINT_FOLDER)
 
     def save(self, folder: Path, model: nn.Module, report: Mapping[str, Any]) -> None:
         """Write a run."""
@@ -180,12 +180,6 @@ def load_task(
     for split in ("train", "valid"):
         check_labels(found.examples[split], run.labels, path)
     return ClassificationTask(run, found, settings)
-
-
-def _weights_sha256(folder: Path) -> str:
-    checkpoint = find_folder(folder / CHECKPOINT_FOLDER)
-    assert checkpoint is not None
-    return sha256_of(checkpoint / MODEL_FILE)
 
 
 def _digest(data: Data) -> str:

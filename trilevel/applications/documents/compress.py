@@ -30,9 +30,8 @@ from trilevel.compression.distill import Outputs
 from trilevel.compression.written import write_json
 from trilevel.data.documents import Document, load_jsonl
 from trilevel.errors import ConfigError, InputError
-from trilevel.model.checkpoint import MODEL_FILE
+from trilevel.model.checkpoint import weights_sha256
 from trilevel.model.config import from_mapping
-from trilevel.model.folder import find_folder, sha256_of
 
 NUM_CALIBRATION_DOCUMENTS, NUM_VALIDATION_DOCUMENTS, NUM_TRAINING_DOCUMENTS = 32, 64, 4_000
 FOCUS_WEIGHT = 0.2
@@ -71,7 +70,7 @@ class DocumentTask:
         # hiding words is noise as dropout is; a model that learns from a teacher does without
         model.config = replace(model.config, word_dropout=0.0)
         self.model = model
-        self.source_sha256, self.data_sha256 = _weights_sha256(folder), _digest(splits)
+        self.source_sha256, self.data_sha256 = weights_sha256(folder / CHECKPOINT_FOLDER), _digest(splits)
         train, valid = (self._cases(documents, progress) for documents in splits)
         self.has_labels = all(case.encoded.oracle.any() for case in valid)
         self.metric = "rouge1" if self.has_labels else "agreement"
@@ -168,7 +167,7 @@ class DocumentTask:
 
     def load_teacher(self, folder: str | Path) -> tuple[nn.Module, str]:
         """The model of another run."""
-        return load_run(folder)[0], _weights_sha256(Path(folder))
+        return load_run(folder)[0], weights_sha256(Path(folder) / CHECKPOINT_FOLDER)
 
     def save(self, folder: Path, model: nn.Module, report: Mapping[str, Any]) -> None:
         """Write a run."""
@@ -241,12 +240,6 @@ def _builtin(limit: int | None) -> list[list[Document]]:
     made = builtin_pieces()
     held = made[::4]
     return [[piece for piece in made if piece not in held][:limit], held[:limit]]
-
-
-def _weights_sha256(folder: Path) -> str:
-    checkpoint = find_folder(folder / CHECKPOINT_FOLDER)
-    assert checkpoint is not None
-    return sha256_of(checkpoint / MODEL_FILE)
 
 
 def _digest(splits: Sequence[Sequence[Document]]) -> str:

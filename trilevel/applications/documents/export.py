@@ -24,8 +24,7 @@ from trilevel.artifact.manifest import Artifact
 from trilevel.compression.quantize import QuantizeConfig, freeze, quantize
 from trilevel.data.documents import Document
 from trilevel.errors import ConfigError, InputError
-from trilevel.model.checkpoint import MODEL_FILE
-from trilevel.model.folder import checked_file, read_manifest
+from trilevel.model.checkpoint import weights_sha256
 
 CALIBRATION_TOKENS = 8_192
 """Of a document, at most."""
@@ -76,7 +75,7 @@ def export(
         settings={
             "max_tokens": model.config.max_tokens,
             "budget_words": DEFAULT_BUDGET_WORDS,
-            "weights_sha256": _weights_sha256(folder),
+            "weights_sha256": weights_sha256(folder / CHECKPOINT_FOLDER),
             "calibration_documents": None if calibration is None else len(calibration),
         },
         levels={"tokens": config["tokens"]["levels"], "units": config["unit_levels"]},
@@ -117,9 +116,3 @@ def _calls(tokenizer: DocumentTokenizer) -> list[dict[str, Tensor]]:
             number += 1
         calls.append({name: torch.from_numpy(array) for name, array in graph_inputs(documents).items()})
     return calls
-
-
-def _weights_sha256(folder: Path) -> str:
-    checkpoint = folder / CHECKPOINT_FOLDER
-    checked_file(checkpoint, MODEL_FILE, manifest := read_manifest(checkpoint))
-    return str(manifest["files"][MODEL_FILE])

@@ -11,9 +11,8 @@ from typing import Any
 from trilevel.applications.images.model import ImageClassifier, ImageClassifierConfig
 from trilevel.compression.checkpoint import load_compressed
 from trilevel.errors import CheckpointError, ConfigError
-from trilevel.model.checkpoint import MODEL_FILE, has_checkpoint, read_config
+from trilevel.model.checkpoint import has_checkpoint, read_config
 from trilevel.model.config import from_mapping
-from trilevel.model.folder import find_folder, sha256_of
 
 CHECKPOINT_FOLDER = "checkpoint"
 KIND = "image_classifier"
@@ -126,13 +125,6 @@ def is_image_run(folder: str | Path) -> bool:
     """Whether a folder holds a run of this kind, by the configuration of its checkpoint."""
     checkpoint = Path(folder) / CHECKPOINT_FOLDER
     return has_checkpoint(checkpoint) and KIND in read_config(checkpoint)
-
-
-def weights_sha256(folder: Path) -> str:
-    """The hash of a run's weights."""
-    checkpoint = find_folder(folder / CHECKPOINT_FOLDER)
-    assert checkpoint is not None
-    return sha256_of(checkpoint / MODEL_FILE)
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

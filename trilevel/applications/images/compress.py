@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trilevel.applications.images.batches import ImageBatches
-from trilevel.applications.images.checkpoint import CHECKPOINT_FOLDER, Run, load_run, saved_config, weights_sha256
+from trilevel.applications.images.checkpoint import CHECKPOINT_FOLDER, Run, load_run, saved_config
 from trilevel.applications.images.objective import check_alike
 from trilevel.applications.images.recipe import data_path
 from trilevel.applications.images.score import logits_of, with_channels
@@ -21,7 +21,7 @@ from trilevel.compression.written import write_json
 from trilevel.data.image_folder import ImageSet, check_images, check_labels, load_images
 from trilevel.data.image_sources import Progress
 from trilevel.errors import ConfigError, InputError
-from trilevel.model.checkpoint import save_checkpoint
+from trilevel.model.checkpoint import save_checkpoint, weights_sha256
 from trilevel.model.config import from_mapping
 from trilevel.training.objectives import sequence_loss
 
@@ -47,7 +47,7 @@ class ImageTask:
 
     def __init__(self, run: Run, images: ImageSet, data: DataConfig) -> None:
         self.run, self.model, self.images = run, run.model, images
-        self.source_sha256, self.data_sha256 = weights_sha256(run.folder), _digest(images)
+        self.source_sha256, self.data_sha256 = weights_sha256(run.folder / CHECKPOINT_FOLDER), _digest(images)
         self.labels = np.array([run.labels.index(label) for label in images.labels])[images.classes]
         self.batches = ImageBatches(
             images.pixels,
@@ -108,7 +108,7 @@ class ImageTask:
     def load_teacher(self, folder: str | Path) -> tuple[nn.Module, str]:
         """The model of another run."""
         run = load_run(folder)
-        return run.model, weights_sha256(run.folder)
+        return run.model, weights_sha256(run.folder / CHECKPOINT_FOLDER)
 
     def save(self, folder: Path, model: nn.Module, report: Mapping[str, Any]) -> None:
         """Write a run."""

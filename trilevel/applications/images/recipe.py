@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trilevel.applications.images.batches import ImageBatches
-from trilevel.applications.images.checkpoint import Origin, Run, load_run, prepare_run, saved_config, weights_sha256
+from trilevel.applications.images.checkpoint import CHECKPOINT_FOLDER, Origin, Run, load_run, prepare_run, saved_config
 from trilevel.applications.images.model import ImageClassifier, ImageClassifierConfig
 from trilevel.applications.images.objective import LossConfig, Objective, check_alike, distilled, supervised
 from trilevel.applications.images.score import logits_of
@@ -22,6 +22,7 @@ from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.data.image_folder import ImageSet, check_images, load_images
 from trilevel.data.image_sources import Progress
 from trilevel.errors import ConfigError
+from trilevel.model.checkpoint import weights_sha256
 from trilevel.model.config import EncoderConfig, from_mapping, levels_from_json
 from trilevel.model.grid_order import GridOrder
 from trilevel.model.patches import Patches
@@ -236,7 +237,7 @@ def train(
         valid_fraction=recipe.data.valid_fraction,
         limit=limit,
         teacher=None if taught is None else str(taught.folder),
-        teacher_sha256=None if taught is None else weights_sha256(taught.folder),
+        teacher_sha256=None if taught is None else weights_sha256(taught.folder / CHECKPOINT_FOLDER),
     )
     config = saved_config(model, origin)
     prepare_run(out_dir, config)

@@ -66,6 +66,7 @@ class OnnxRuntime:
         check_inputs(self._inputs, inputs)
         try:
             found = self._session.run(self._outputs, dict(inputs))
+        # as above
         except Exception as error:
             raise ArtifactError(f"ONNX Runtime {self.version} cannot run {self._path} ({error}).") from error
         return dict(zip(self._outputs, found, strict=True))
