@@ -181,9 +181,9 @@ class TestExported:
             for name, found in exported.run(ids).items():
                 difference = (found - wanted).abs()
                 assert float(difference.max()) <= step(wanted), name
-                # an activation on the edge between two integers may fall to either: none or one in these models
-                share = float((difference > 1e-5 * wanted.abs().max()).float().mean())
-                assert share <= 0.05, name
+                # an activation on the edge between two integers may fall to either, and attention carries that to every
+                # token of the sequence: over 300 draws at most 0.03 of a step in the mean; inputs left float 0.18 or more
+                assert float(difference.mean()) <= 0.05 * step(wanted), name
 
     def test_kernels_compute_in_integers(self, exported: Exported) -> None:
         linears = [part for part in exported.module.modules() if isinstance(part, Reads)]
