@@ -182,7 +182,7 @@ class TestExported:
                 difference = (found - wanted).abs()
                 assert float(difference.max()) <= step(wanted), name
                 # an activation on the edge between two integers may fall to either, and attention carries that to every
-                # token of the sequence: over 300 draws at most 0.03 of a step in the mean; inputs left float 0.18 or more
+                # token of the sequence: at most 0.03 of a step over 300 draws, and 0.18 or more if inputs stay float
                 assert float(difference.mean()) <= 0.05 * step(wanted), name
 
     def test_kernels_compute_in_integers(self, exported: Exported) -> None:
