@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trilevel.artifact.export.quantized import store_transposed, translation_table
 from trilevel.artifact.runtime.onnxruntime import SESSION_ENTRIES
-from trilevel.artifact.runtime.openvino import openvino_core
+from trilevel.artifact.runtime.openvino import openvino_core, read_graph
 from trilevel.compression.layers import Reads
 from trilevel.compression.quantize import QuantizeConfig, freeze, quantize, quantized_bytes
 from trilevel.model.ffn import FeedForward
@@ -29,6 +29,7 @@ CONFIGS: dict[str, QuantizeConfig] = {
     "uint8": QuantizeConfig(activations="uint8"),
     "int8_plain": QuantizeConfig(smooth=None),
     "table_4bit": QuantizeConfig(embedding_bits=4),
+    "stored_4bit": QuantizeConfig(weight_bits=4),
     "weights": QuantizeConfig(activations=None),
     "weights_4bit": QuantizeConfig(activations=None, weight_bits=4),
 }
@@ -37,6 +38,7 @@ MODELS = ["mlp", "block"]
 SLOW = [
     ("block", "int8_plain"),
     ("block", "table_4bit"),
+    ("mlp", "stored_4bit"),
     ("block", "weights"),
     ("mlp", "weights_4bit"),
     ("mlp", "uint8"),
@@ -138,7 +140,7 @@ class Exported:
             "INFERENCE_NUM_THREADS": 1,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         }
-        self.compiled = openvino_core().compile_model(str(self.path), "CPU", hints)
+        self.compiled = openvino_core().compile_model(read_graph(self.path), "CPU", hints)
 
     def run(self, ids: Tensor) -> dict[str, Tensor]:
         fed = {self.session.get_inputs()[0].name: ids.numpy()}

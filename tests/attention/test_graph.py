@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trilevel.attention.api import dense_attention, dense_call, multi_level_attention
-from trilevel.attention.impl import graph
+from trilevel.attention.impl import graph, graph_entries
 from trilevel.attention.layer import MultiLevelAttention
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.errors import ImplementationError
@@ -38,6 +38,13 @@ def draw(heads: int, kv_heads: int, tokens: int, *, is_padded: bool) -> tuple[tu
     }
 
 
+@pytest.fixture(params=["blocks", "whole"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two forms, whatever the number of tokens."""
+    monkeypatch.setattr(graph, "has_few_tokens", lambda _call: request.param == "whole")
+
+
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("levels", SIZES, ids=range(len(SIZES)))
 @pytest.mark.parametrize("is_padded", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 3)])
@@ -49,6 +56,7 @@ def test_equals_the_reference(levels: Levels, is_padded: bool, heads: int, kv_he
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("ratio", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (2, 0, 1)])
 def test_any_ratio_without_scores_and_pooling(ratio: tuple[int, int, int]) -> None:
     levels = replace(LEVELS, ratio=LevelRatio(*ratio))
@@ -57,6 +65,7 @@ def test_any_ratio_without_scores_and_pooling(ratio: tuple[int, int, int]) -> No
     torch.testing.assert_close(found, multi_level_attention(*vectors, levels=levels, impl="reference"))
 
 
+@pytest.mark.usefixtures("form")
 def test_equal_scores_go_to_the_earlier_token() -> None:
     vectors, options = draw(3, 3, 61, is_padded=True)
     options["global_score"] = torch.zeros_like(options["global_score"])
@@ -66,6 +75,7 @@ def test_equal_scores_go_to_the_earlier_token() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.usefixtures("form")
 def test_short_input_is_dense_attention() -> None:
     vectors, options = draw(6, 3, 13, is_padded=True)
     del options["pool_weight"], options["global_score"]
@@ -134,5 +144,5 @@ def test_a_graph_chooses_as_a_stable_sort_does() -> None:
     score = torch.tensor([[3, 1, 3, 2, 3, 2, 1, 2], [0, 0, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 8, 7, 6, 5]]).float()
     for count in range(1, 9):
         wanted = score.sort(dim=1, descending=True, stable=True).indices[:, :count]
-        found = graph.first_of_best(score, count)
+        found = graph_entries.first_of_best(score, count)
         assert [set(row.tolist()) for row in found] == [set(row.tolist()) for row in wanted]

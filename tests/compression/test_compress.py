@@ -150,7 +150,7 @@ def test_the_scan_leaves_layers_float(run: Path, tmp_path: Path) -> None:
     task.__class__ = Sharp
     made = compress(task, plan, tmp_path / "out", show_progress=False)
     details = made.report["stages"][0]["details"]
-    assert len(details["scan"]) == 9
+    assert len(details["scan"]) == 10
     assert details["skip"] == [row["name"] for row in details["scan"][:2]]
     assert details["modules"] == 7
     assert not (tmp_path / "out/stages/1-quantize/scan.json").exists()

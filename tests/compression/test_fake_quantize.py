@@ -21,6 +21,7 @@ from trilevel.compression.fake_quantize import (
     pack_4bit,
     quantize_tensor,
     unpack_4bit,
+    unpack_int8,
 )
 from trilevel.errors import ConfigError, ShapeError
 
@@ -132,7 +133,7 @@ def weights_4bit() -> tuple[Tensor, Tensor]:
     return torch.randint(-8, 8, (5, 3, 32)), torch.rand(5, 3) + 0.1
 
 
-@pytest.mark.parametrize("name", ["fake_quantize", "dequantize", "linear_4bit"])
+@pytest.mark.parametrize("name", ["fake_quantize", "dequantize", "linear_4bit", "unpack_int8"])
 def test_operators_are_registered_right(name: str) -> None:
     x, scale, zero, smallest, largest, axis = drawn("last_axis")
     q, scales = weights_4bit()
@@ -140,9 +141,23 @@ def test_operators_are_registered_right(name: str) -> None:
         "fake_quantize": (x.requires_grad_(), scale.requires_grad_(), zero, smallest, largest, axis),
         "dequantize": (torch.randint(-127, 128, (3, 5), dtype=torch.int8), torch.rand(5), 1),
         "linear_4bit": (torch.randn(2, 70, requires_grad=True), pack_4bit(q), scales, torch.randn(5)),
+        "unpack_int8": (pack_4bit(q), torch.randint(1, 9, (5, 3), dtype=torch.uint8)),
     }
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(getattr(OPS, name).default, arguments[name], test_utils=tests)
+
+
+def test_integers_of_8_bits_are_those_of_4_times_their_factor() -> None:
+    q, _ = weights_4bit()
+    factors = torch.randint(1, 9, (5, 3), dtype=torch.uint8)
+    found = unpack_int8(pack_4bit(q), factors)
+    assert found.dtype == torch.int8
+    assert found.tolist() == [
+        [int(value) * int(factor) for group, factor in zip(groups, own, strict=True) for value in group]
+        for groups, own in zip(q, factors, strict=True)
+    ]
+    with pytest.raises(ShapeError, match=r"factors \(5, 2\); uint8 \(out, groups, group_size / 2\) and"):
+        unpack_int8(pack_4bit(q), factors[:, :2])
 
 
 def test_integers_are_those_behind_the_rounded_numbers() -> None:

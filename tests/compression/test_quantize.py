@@ -16,6 +16,8 @@ from trilevel.compression.layers import (
     FrozenEmbedding4bit,
     FrozenLinear,
     FrozenLinear4bit,
+    FrozenLinear8bitOf4,
+    InputGrid,
     QuantizedEmbedding,
     QuantizedLinear,
 )
@@ -41,6 +43,8 @@ CONFIGS: dict[str, QuantizeConfig] = {
     "percentile": QuantizeConfig(observer="percentile", percentile=99.9),
     "learned": QuantizeConfig(learned_ranges=True, smooth=0.5),
     "table_4bit": QuantizeConfig(embedding_bits=4, smooth=None),
+    "int8_of_4bit": QuantizeConfig(weight_bits=4),
+    "int8_of_4bit_learned": QuantizeConfig(weight_bits=4, smooth=None, learned_ranges=True),
     "weights": QuantizeConfig(activations=None),
     "weights_4bit": QuantizeConfig(activations=None, weight_bits=4),
     "weights_4bit_learned": QuantizeConfig(activations=None, weight_bits=4, group_size=64, learned_ranges=True),
@@ -156,6 +160,34 @@ def test_groups_of_four_bits_are_rounded_each_on_its_own() -> None:
     assert frozen.packed.shape == (5, 3, 16)
 
 
+def test_weights_of_8_bits_are_stored_in_4() -> None:
+    torch.manual_seed(3)
+    linear = nn.Linear(70, 5)
+    with torch.no_grad():
+        # groups of very different sizes, one of zeros, an output of zeros
+        linear.weight[:, 32:64] *= 0.01
+        linear.weight[1, :32] = 0
+        linear.weight[2] = 0
+    reads = InputGrid(grid="int8", low=-3.0, high=3.0)
+    made = QuantizedLinear.of(linear, bits=4, group_size=32, reads=reads)
+    frozen = made.frozen()
+    assert isinstance(frozen, FrozenLinear8bitOf4)
+    q = frozen.weight_int8
+    assert torch.equal(frozen.weight, made.rounded_weight())
+    assert torch.equal(frozen.weight, q * frozen.weight_scale[:, None])
+    assert q.shape == (5, 70)
+    assert q.abs().max() <= 64
+    # each group is whole numbers -8..7 times its factor
+    factors = frozen.weight_factors.repeat_interleave(32, 1)[:, :70]
+    assert ((factors >= 1) & (factors <= 8)).all()
+    assert torch.equal(q // factors * factors, q)
+    # the largest group of each output is as fine as 4 bits are
+    assert (frozen.weight_factors.amax(1)[[0, 3, 4]] == 8).all()
+    assert relative(frozen.weight, linear.weight) < 0.1
+    assert frozen.weight[2].abs().max() == 0
+    assert frozen.packed.numel() + frozen.weight_factors.numel() == 5 * 3 * 17
+
+
 @pytest.mark.parametrize("dim", [32, 40])
 def test_rows_of_four_bits_are_rounded_by_groups(dim: int) -> None:
     table = nn.Embedding(19, dim, padding_idx=0)
@@ -203,15 +235,18 @@ def test_small_tables_scores_and_skipped_modules_stay_float() -> None:
     assert list(targets(model, QuantizeConfig(skip=("head.1",), quantize_embeddings=False))) == ["head.0", "headless"]
 
 
-def test_images_keep_their_positions() -> None:
+def test_positions_of_patches_are_rounded_and_few_extra_tokens_are_not() -> None:
     from trilevel.model.patches import Patches
 
     patches = Patches(image_size=(16, 16), patch_size=(4, 4), num_channels=1)
     model = encoder(vocab_size=None, patches=patches, padding_id=None)
     data = [torch.randn(2, 1, 16, 16)]
     quantized = quantize(model, QuantizeConfig(), data)
-    assert not any(isinstance(part, QuantizedEmbedding) for part in quantized.modules())
-    assert torch.equal(freeze(quantized)(data[0]), quantized(data[0]))
+    tables = {name for name, part in quantized.named_modules() if isinstance(part, QuantizedEmbedding)}
+    assert tables == {"embedding.positions"}
+    found = quantized(data[0])
+    assert 0 < relative(found, model(data[0])) < 0.03
+    assert torch.equal(freeze(quantized)(data[0]), found)
 
 
 def test_a_module_used_twice_stays_one() -> None:
@@ -321,8 +356,6 @@ def test_errors_say_what_is_needed() -> None:
         QuantizeConfig(weight_bits=3)
     with pytest.raises(ConfigError, match="embedding_bits=7 must be 8 or 4"):
         QuantizeConfig(embedding_bits=7)
-    with pytest.raises(ConfigError, match=r"weight_bits=4 is for weights alone.*Set activations=None"):
-        QuantizeConfig(weight_bits=4)
     with pytest.raises(ConfigError, match="group_size=48 must be 32, 64 or 128"):
         QuantizeConfig(group_size=48)
     with pytest.raises(ConfigError, match=r"smooth=1\.5 must be 0 to 1"):

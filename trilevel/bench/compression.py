@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from trilevel.bench import compression_applications as applications
 from trilevel.bench.compression_encoders import Call, Contender, Encoders, contenders, quiet
 from trilevel.bench.compression_memory import DENSE_OPENVINO, DENSE_TORCH, MATERIALISED, MEASURED, OURS
 from trilevel.bench.compression_peak import share_of_peak
@@ -43,6 +44,7 @@ class CompressionCase:
         batch: of the linear maps whose share of the processor's best is measured; 0 leaves that out.
         peers: also measure the tools of others, which take minutes to quantize and compile.
         num_layers: of the encoder, the first ones alone; None for all.
+        models: of the applications, see `compression_applications`; None leaves them out.
     """
 
     folder: str | None = None
@@ -53,28 +55,36 @@ class CompressionCase:
     batch: int = 8
     peers: bool = True
     num_layers: int | None = None
+    models: Path | None = applications.MODELS
 
     @staticmethod
     def smoke() -> CompressionCase:
         """The check of what is ours on a short document, no bars."""
-        return CompressionCase(lengths=(192,), budget_s=0.0, memory=False, batch=0, peers=False, num_layers=1)
+        return CompressionCase(
+            lengths=(192,), budget_s=0.0, memory=False, batch=0, peers=False, num_layers=1, models=None
+        )
 
 
 def run(case: CompressionCase, progress: Progress = lambda _what, _done: None) -> Report:
     """Check and time every contender at every length; bars at 512 and 8,192 tokens."""
     page_faults_off()
     rows: list[dict[str, Any]] = []
-    parts = len(case.lengths) + case.memory + (case.batch > 0)
+    found: dict[str, applications.Application] = {}
+    parts = len(case.lengths) + case.memory + (case.batch > 0) + (case.models is not None)
     settings: dict[str, Any] = {
         "encoder": case.folder or "MiniLM, 7:4:1 heads a layer assigned without a profile",
         "threads": torch.get_num_threads(),
         "lengths": list(case.lengths),
         "budget_s": case.budget_s,
     }
+    if case.models is not None:
+        found = applications.measure(case.models, case.budget_s / 3, lambda what: progress(what, 0.0))
+        settings["applications"] = {name: own.to_dict() for name, own in found.items()}
+    start = int(case.models is not None)
     with ExitStack() as stack:
         work = case.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
-        for place, tokens in enumerate(case.lengths):
+        for place, tokens in enumerate(case.lengths, start):
             encoders = Encoders(
                 work,
                 Models(folder=case.folder, tokens=tokens),
@@ -83,7 +93,7 @@ def run(case: CompressionCase, progress: Progress = lambda _what, _done: None) -
             )
             rows += _measure(case, encoders, tokens)
         if case.memory:
-            _add_memory(max(case.lengths), work, rows, lambda what: progress(what, len(case.lengths) / parts))
+            _add_memory(max(case.lengths), work, rows, lambda what: progress(what, (start + len(case.lengths)) / parts))
         if case.batch:
             progress("the share of the processor's best", (parts - 1) / parts)
             settings["int8_share_of_peak"] = share_of_peak(encoders, case.batch, SHORT)
@@ -91,10 +101,14 @@ def run(case: CompressionCase, progress: Progress = lambda _what, _done: None) -
     return Report(
         case="compression",
         rows=rows,
-        bars=bars(rows, settings) if {SHORT, LONG} <= set(case.lengths) and case.memory and case.batch else [],
+        bars=[*bars(rows, settings), *applications.bars(found)] if _is_whole(case) else [],
         settings=settings,
         broken=sorted({row["contender"] for row in rows if row["status"] == "failed" and row["ours"]}),
     )
+
+
+def _is_whole(case: CompressionCase) -> bool:
+    return {SHORT, LONG} <= set(case.lengths) and case.memory and case.batch > 0
 
 
 def page_faults_off() -> None:
@@ -183,7 +197,7 @@ def _add_memory(tokens: int, work: Path, rows: list[dict[str, Any]], tell: Calla
 
 
 def bars(rows: list[dict[str, Any]], settings: dict[str, Any]) -> list[Bar]:
-    """The bars of issue 5 that this case measures."""
+    """The bars of issue 5 on the encoder."""
     ms = {(row["contender"], row["tokens"]): row.get("median_ms") for row in rows}
     memory = {row["contender"]: row.get("peak_process_bytes") for row in rows if row["tokens"] == LONG}
 

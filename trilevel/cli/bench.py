@@ -102,12 +102,13 @@ def compression(
         Path | None, typer.Option(help="Keep the graphs here for the next run; else they are made anew (5 min).")
     ] = None,
 ) -> None:
-    """INT8 encoders, ours and others', at 512 and 8,192 tokens: speed, memory, share of int8 peak (about 20 min)."""
+    """INT8 encoders, ours and others', at 512 and 8,192 tokens, and the applications' artifacts (about 25 min)."""
     import dataclasses
 
     import torch
 
     from trilevel.bench.compression import CompressionCase, compression_table, run
+    from trilevel.bench.compression_applications import applications_table
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -115,7 +116,10 @@ def compression(
     case = dataclasses.replace(case, folder=None if encoder is None else str(encoder), work=work)
     with progress_bar() as progress:
         report = run(case, progress)
-    _finish(report, [compression_table(report)], as_json=as_json, out=out)
+    tables = [compression_table(report)]
+    if found := report.settings.get("applications"):
+        tables.append(applications_table(found))
+    _finish(report, tables, as_json=as_json, out=out)
 
 
 @app.command()

@@ -123,6 +123,9 @@ def images(
         str | None, typer.Option(help="Resize the images: 32, or 32x48 for height and width; needed if sizes differ.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Images of each split, for a try.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of weights, order and shifts, instead of the recipe's two.")
+    ] = None,
 ) -> None:
     """Train a small classifier of 2x2 patches on your images.
 
@@ -136,6 +139,10 @@ def images(
     chosen = recipes.load_recipe(recipe)
     given = {"epochs": epochs, "steps": steps}
     schedule = dataclasses.replace(chosen.schedule, **{k: v for k, v in given.items() if v is not None})
+    chosen = dataclasses.replace(chosen, schedule=schedule)
+    if seed is not None:
+        own = {name: dataclasses.replace(getattr(chosen, name), seed=seed) for name in ("data", "train")}
+        chosen = dataclasses.replace(chosen, **own)
     with ReadingProgress() as reading:
 
         def start(found: ImageSet, model: ImageClassifier) -> None:
@@ -146,7 +153,7 @@ def images(
         result = recipes.train(
             data,
             out_dir=out,
-            recipe=dataclasses.replace(chosen, schedule=schedule),
+            recipe=chosen,
             is_dense=dense,
             teacher=teacher,
             size=None if size is None else recipes.parse_size(size),

@@ -18,6 +18,9 @@ from trilevel.errors import ConfigError, ShapeError
 SMALLEST_SCALE = 2.0**-100
 NIBBLE_ZERO = 8
 """What stands for 0 in a packed 4-bit weight, as in ONNX Runtime's MatMulNBits."""
+LARGEST_FACTOR = 8
+"""Of a group of 4-bit weights that is computed with in 8 bits: two neighbours are at most 128 together, see
+`QuantizedLinear`."""
 
 
 def fake_quantize(
@@ -135,6 +138,28 @@ def dequantize_4bit(packed: Tensor, scale: Tensor, in_features: int) -> Tensor:
     return values.flatten(1)[:, :in_features].to(scale.dtype)
 
 
+def unpack_int8(packed: Tensor, factors: Tensor) -> Tensor:
+    """Integers of 8 bits that are stored in 4: those of `pack_4bit` times the whole number of their group.
+
+    Args:
+        packed: uint8 `(out, groups, group_size / 2)`, see `pack_4bit`.
+        factors: uint8 `(out, groups)`, 1 to `LARGEST_FACTOR`.
+
+    Returns:
+        int8 `(out, groups * group_size)`, -64..56.
+
+    Raises:
+        ShapeError: `factors` does not fit.
+    """
+    if packed.ndim != 3 or packed.dtype != torch.uint8 or factors.shape != packed.shape[:2]:
+        raise ShapeError(
+            f"packed has shape {tuple(packed.shape)} and type {packed.dtype}, factors {tuple(factors.shape)}; uint8 "
+            "(out, groups, group_size / 2) and (out, groups) are needed."
+        )
+    q: Tensor = _unpack_int8(packed, factors)
+    return q
+
+
 def _check_scale(x: Tensor, scale: Tensor, axis: int | None) -> None:
     if axis is None:
         if scale.ndim:
@@ -214,6 +239,16 @@ def _dequantize(q: Tensor, scale: Tensor, axis: int | None) -> Tensor:
 @_dequantize.register_fake
 def _(q: Tensor, scale: Tensor, axis: int | None) -> Tensor:
     return torch.empty_like(q, dtype=scale.dtype)
+
+
+@torch.library.custom_op("trilevel::unpack_int8", mutates_args=())
+def _unpack_int8(packed: Tensor, factors: Tensor) -> Tensor:
+    return (unpack_4bit(packed) * factors[..., None].to(torch.int8)).flatten(1)
+
+
+@_unpack_int8.register_fake
+def _(packed: Tensor, factors: Tensor) -> Tensor:
+    return packed.new_empty((packed.shape[0], 2 * packed.shape[1] * packed.shape[2]), dtype=torch.int8)
 
 
 @torch.library.custom_op("trilevel::linear_4bit", mutates_args=())

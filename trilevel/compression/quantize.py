@@ -17,6 +17,7 @@ from trilevel.compression.layers import (
     FrozenEmbedding4bit,
     FrozenLinear,
     FrozenLinear4bit,
+    FrozenLinear8bitOf4,
     InputGrid,
     QuantizedEmbedding,
     QuantizedLinear,
@@ -25,7 +26,6 @@ from trilevel.compression.layers import (
 from trilevel.compression.observers import Grid, Method, Observer, check_percentile, make_observer
 from trilevel.compression.smooth import smooth
 from trilevel.errors import CheckpointError, ConfigError, InputError
-from trilevel.model.patches import PatchEmbedding
 
 Run = Callable[[nn.Module, Any], Any]
 FLOAT_PARTS = frozenset({"scorer", "region_gate", "unit_scorer"})
@@ -44,7 +44,8 @@ class QuantizeConfig:
             `uint8` with a zero point; None rounds weights only.
         observer: how ranges are found: `minmax`, `percentile` or `mse`, see `make_observer`.
         percentile: for the observer of that name.
-        weight_bits: 8, or 4 with `activations=None`.
+        weight_bits: 8, or 4: stored in half the bytes. Computed with in 8 bits where activations are rounded, else in
+            floating point.
         group_size: 32, 64 or 128 inputs that share a scale, for 4 bits.
         quantize_embeddings: tables of 16 rows or more are rounded.
         embedding_bits: 8 with a scale for each row, or 4 with one for each group.
@@ -77,10 +78,6 @@ class QuantizeConfig:
             raise ConfigError(f"weight_bits={self.weight_bits} must be 8 or 4.")
         if self.embedding_bits not in (4, 8):
             raise ConfigError(f"embedding_bits={self.embedding_bits} must be 8 or 4.")
-        if self.weight_bits == 4 and self.activations is not None:
-            raise ConfigError(
-                f"weight_bits=4 is for weights alone, and activations={self.activations!r}. Set activations=None."
-            )
         if self.group_size not in (32, 64, 128):
             raise ConfigError(f"group_size={self.group_size} must be 32, 64 or 128.")
         if self.smooth is not None and not 0 <= self.smooth <= 1:
@@ -100,7 +97,7 @@ def quantize(model: nn.Module, config: QuantizeConfig, batches: Iterable[Any] = 
     `freeze` then stores the integers.
 
     Left float: norms, softmax, convolutions, what chooses tokens and units (`scorer`, `region_gate`, `unit_scorer`,
-    `pool_weight`), linear maps with one output, tables of fewer than 16 rows and those of `PatchEmbedding`.
+    `pool_weight`), linear maps with one output and tables of fewer than 16 rows.
 
     Args:
         model: a float model.
@@ -173,13 +170,12 @@ def targets(model: nn.Module, config: QuantizeConfig) -> dict[str, nn.Linear | n
             raise ConfigError(
                 f"skip names {name!r}, which the model has not; its modules are those of named_modules()."
             )
-    patches = {id(part) for owner in model.modules() if isinstance(owner, PatchEmbedding) for part in owner.children()}
     chosen: dict[str, nn.Linear | nn.Embedding] = {}
     for name, part in model.named_modules():
         if isinstance(part, _QUANTIZED):
             raise ConfigError(f"{name or 'the model'} is quantized already. Give the float model.")
         is_skipped = any(name == skipped or name.startswith(f"{skipped}.") for skipped in config.skip)
-        if is_skipped or FLOAT_PARTS & set(name.split(".")) or id(part) in patches:
+        if is_skipped or FLOAT_PARTS & set(name.split(".")):
             continue
         # subclasses compute something else
         if type(part) is nn.Linear:
@@ -326,6 +322,8 @@ def _empty(part: nn.Linear | nn.Embedding, own: dict[str, Tensor]) -> nn.Module:
     reads = Reads(*(room.get(f"reads.input_{name}") for name in ("multiplier", "scale", "zero_point")))
     bias = nn.Parameter(room["bias"]) if "bias" in room else None
     if "packed" in room:
-        frozen = FrozenLinear4bit(room["packed"], room["weight_scale"], bias, reads, part.in_features)
-        return frozen.train(part.training)
+        end = (room["weight_scale"], bias, reads, part.in_features)
+        if "weight_factors" in room:
+            return FrozenLinear8bitOf4(room["packed"], room["weight_factors"], *end).train(part.training)
+        return FrozenLinear4bit(room["packed"], *end).train(part.training)
     return FrozenLinear(room["weight_int8"], room["weight_scale"], bias, reads).train(part.training)

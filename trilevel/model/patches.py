@@ -132,12 +132,18 @@ class PatchEmbedding(nn.Module):
                 f"(batch, {', '.join(map(str, wanted))}) are needed. Resize and normalise the images."
             )
         vectors = self.projection(pixels).flatten(2).transpose(1, 2)
-        extra = self.extra_tokens.weight.expand(pixels.shape[0], -1, -1)
-        vectors = torch.cat([extra, vectors], dim=1) + self.positions.weight
+        extra = _rows(self.extra_tokens).expand(pixels.shape[0], -1, -1)
+        vectors = torch.cat([extra, vectors], dim=1) + _rows(self.positions)
         if self.order is not None:
             vectors = vectors.index_select(1, self.order)
         embedded: Tensor = self.dropout(vectors if self.norm is None else self.norm(vectors))
         return embedded
+
+
+def _rows(table: nn.Embedding) -> Tensor:
+    """All of them, read as any table is: one that is quantized rounds what it gives."""
+    rows: Tensor = table(torch.arange(table.num_embeddings, device=table.weight.device))
+    return rows
 
 
 def _reordering(patches: Patches) -> Tensor | None:

@@ -31,7 +31,14 @@ from trilevel.artifact.manifest import (
     write_artifact,
 )
 from trilevel.artifact.probe import Probe, write_probes
-from trilevel.compression.layers import FrozenEmbedding, FrozenEmbedding4bit, FrozenLinear, FrozenLinear4bit, Reads
+from trilevel.compression.layers import (
+    FrozenEmbedding,
+    FrozenEmbedding4bit,
+    FrozenLinear,
+    FrozenLinear4bit,
+    FrozenLinear8bitOf4,
+    Reads,
+)
 from trilevel.errors import ArtifactError, CheckpointError, ConfigError
 from trilevel.model.folder import sha256_of
 
@@ -105,11 +112,11 @@ def export_artifact(graph: Graph, out: str | Path, *, target: str, tell: Tell) -
 
 
 def precision_of(module: nn.Module) -> str:
-    """`int4`, `int8` or `float32`, by the weights that are stored."""
+    """`int4`, `int8` or `float32`, by the weights that are computed with."""
     kinds = {type(part) for part in module.modules()}
     if FrozenLinear4bit in kinds:
         return "int4"
-    return "int8" if kinds & {FrozenLinear, FrozenEmbedding, FrozenEmbedding4bit} else "float32"
+    return "int8" if kinds & {FrozenLinear, FrozenLinear8bitOf4, FrozenEmbedding, FrozenEmbedding4bit} else "float32"
 
 
 def check_finite(module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trilevel.artifact.manifest import MODEL_FILE, Artifact
-from trilevel.artifact.runtime.openvino import OpenVino, openvino_core
+from trilevel.artifact.runtime.openvino import OpenVino, read_graph
 from trilevel.artifact.verify import check_probes
 from trilevel.errors import ArtifactError, require
 
@@ -37,7 +37,7 @@ def export_openvino(artifact: Artifact, folder: Path) -> Path:
     source, path = artifact.file(MODEL_FILE), folder / IR_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        openvino.save_model(openvino_core().read_model(str(source)), str(path), compress_to_fp16=False)
+        openvino.save_model(read_graph(source), str(path), compress_to_fp16=False)
     # what OpenVINO raises when a disk is full is a RuntimeError too
     except (RuntimeError, OSError) as error:
         raise ArtifactError(f"{source} cannot be written to {folder} by OpenVINO ({error}).") from error

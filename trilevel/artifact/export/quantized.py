@@ -5,7 +5,8 @@
     store_transposed(program.model)
 
 Rounded inputs become QuantizeLinear and DequantizeLinear, stored weights DequantizeLinear of int8 initialisers. Both
-runtimes fuse that: ONNX Runtime to MatMulIntegerToFloat, OpenVINO to a FullyConnected of I8. Weights of 4 bits become
+runtimes fuse that: ONNX Runtime to MatMulIntegerToFloat, OpenVINO to a FullyConnected of I8. What is computed with in 8
+bits and stored in 4 is taken apart by arithmetic, once, when a runtime loads the file. Weights of 4 bits alone become
 ONNX Runtime's MatMulNBits, which OpenVINO reads as well. With weights alone quantized both runtimes round activations
 on their own, unless `session.qdq_matmulnbits_accuracy_level` is "1" (ONNX Runtime) and
 `DYNAMIC_QUANTIZATION_GROUP_SIZE` is 0 (OpenVINO).
@@ -19,16 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 
-import trilevel.compression.fake_quantize  # noqa: F401 - registers the operators
+from trilevel.compression.fake_quantize import NIBBLE_ZERO
 from trilevel.errors import ConfigError, require
 
 EXTRA = "export"
 CONTRIB = "com.microsoft"
+FLOAT, INT8 = 1, 3
+"""Types in ONNX's numbers."""
 _GRIDS = {(-128, 127), (0, 255)}
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Translations of `trilevel::fake_quantize`, `dequantize` and `linear_4bit` for `torch.onnx.export`, opset 20.
+    """Translations of the operators of `trilevel.compression.fake_quantize` for `torch.onnx.export`, opset 20.
 
     The export raises a `ConfigError` of its own cause for weights that are float masters still: `freeze` first.
 
@@ -49,6 +52,15 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     def dequantize(q: Any, scale: Any, axis: Any = None) -> Any:
         return op.DequantizeLinear(q, scale) if axis is None else op.DequantizeLinear(q, scale, axis=axis)
 
+    def unpack_int8(packed: Any, factors: Any) -> Any:
+        rows, groups, half = (int(size) for size in packed.shape)
+        both = op.Cast(packed, to=FLOAT)
+        high = op.Floor(op.Div(both, 16.0))
+        halves = op.Concat(*(op.Unsqueeze(part, [3]) for part in (op.Sub(both, op.Mul(high, 16.0)), high)), axis=3)
+        q = op.Sub(op.Reshape(halves, [rows, groups, 2 * half]), float(NIBBLE_ZERO))
+        scaled = op.Mul(q, op.Unsqueeze(op.Cast(factors, to=FLOAT), [2]))
+        return op.Cast(op.Reshape(scaled, [rows, -1]), to=INT8)
+
     def linear_4bit(x: Any, packed: Any, scale: Any, bias: Any = None) -> Any:
         rows, _, half = (int(size) for size in packed.shape)
         sizes = {"K": int(x.shape[-1]), "N": rows, "bits": 4, "block_size": 2 * half}
@@ -58,6 +70,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         ours.fake_quantize.default: fake_quantize,
         ours.dequantize.default: dequantize,
+        ours.unpack_int8.default: unpack_int8,
         ours.linear_4bit.default: linear_4bit,
     }
 
@@ -103,12 +116,20 @@ def store_transposed(model: Any) -> int:
         if source is None or source.op_type != "DequantizeLinear":
             continue
         weight, output = source.inputs[0], source.outputs[0]
-        is_own = len(weight.uses()) == 1 and len(output.uses()) == 1
-        if weight.const_value is None or not is_own or weight.const_value.numpy().ndim != 2:
+        if len(weight.uses()) > 1 or len(output.uses()) > 1:
             continue
-        stored = np.ascontiguousarray(weight.const_value.numpy().T)
-        weight.const_value = ir.tensor(stored, name=weight.name)
-        weight.shape, output.shape = ir.Shape(stored.shape), ir.Shape(stored.shape)
+        if weight.const_value is not None and weight.const_value.numpy().ndim == 2:
+            stored = np.ascontiguousarray(weight.const_value.numpy().T)
+            weight.const_value = ir.tensor(stored, name=weight.name)
+            weight.shape = output.shape = ir.Shape(stored.shape)
+        elif weight.const_value is None and "axis" in source.attributes:
+            # taken apart as the file is loaded, transposed then as well
+            turned = ir.node("Transpose", [weight], {"perm": [1, 0]})
+            source.replace_input_with(0, turned.outputs[0])
+            model.graph.insert_before(source, turned)
+            output.shape = None
+        else:
+            continue
         axis = source.attributes.get("axis")
         if axis is not None:
             source.attributes["axis"] = ir.AttrInt64("axis", 1 - axis.as_int() % 2)

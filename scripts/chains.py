@@ -1,0 +1,104 @@
+"""Make again what `trilevel bench compression` measures of the applications: levels, pruning, INT8, with three seeds.
+
+    TRILEVEL_DATA=... python scripts/chains.py [images] [documents] [--out benchmarks/models] [--work out/chains]
+
+Stopped, the same command goes on; what `chains.json` in `--out` lists is kept, with the seconds that each stage took.
+Documents begin with the shipped model, images with a dense teacher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from trilevel.applications.documents.checkpoint import PRETRAINED
+from trilevel.applications.images.checkpoint import CHECKPOINT_FOLDER, load_run, saved_config
+from trilevel.compression.written import write_json
+from trilevel.model.checkpoint import save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+SEEDS = range(3)
+TIMES = "chains.json"
+FASHION, TECH = "images/fashion_mnist.npz", "docs/tech.jsonl.xz"
+Stage = tuple[str, Callable[[], None]]
+
+
+def images(out: Path, work: Path) -> Iterator[Stage]:
+    """Name of each stage and what does it."""
+    dense = work / "images-dense"
+    train = partial(command, "train", "images", FASHION, "--recipe")
+    yield "images/dense", partial(train, recipe("images-fashion"), "--dense", "--out", dense)
+    yield "images/dense, kept", partial(keep, dense, out / "images/dense")
+    for seed in SEEDS:
+        levels, small = (work / f"images-{what}-{seed}" for what in ("levels", "small"))
+        taught = ("--teacher", dense, "--seed", seed)
+        yield f"images/levels-{seed}", partial(train, recipe("images-fashion-levels"), "--out", levels, *taught)
+        plan = ("--plan", recipe("compress-images"))
+        yield f"images/small-{seed}", partial(command, "compress", levels, small, *plan, *taught)
+        yield f"images/seed-{seed}", partial(command, "export", small, out / f"images/seed-{seed}")
+
+
+def documents(out: Path, work: Path) -> Iterator[Stage]:
+    """Name of each stage and what does it."""
+    for seed in SEEDS:
+        small = work / f"documents-small-{seed}"
+        options = ("--plan", recipe("compress-documents"), "--data", TECH, "--seed", seed)
+        yield f"documents/small-{seed}", partial(command, "compress", PRETRAINED, small, *options)
+        yield f"documents/seed-{seed}", partial(command, "export", small, out / f"documents/seed-{seed}")
+
+
+CHAINS = {"images": images, "documents": documents}
+
+
+def recipe(name: str) -> Path:
+    """Path of a recipe."""
+    return ROOT / f"recipes/{name}.toml"
+
+
+def command(*words: str | Path | int) -> None:
+    """Run `trilevel` with these arguments; end with its exit code if it fails."""
+    given = list(map(str, words))
+    print("== trilevel", *given, flush=True)
+    found = subprocess.run([str(Path(sys.executable).with_name("trilevel")), *given], check=False)
+    if found.returncode:
+        sys.exit(found.returncode)
+
+
+def keep(run: Path, out: Path) -> None:
+    """Copy a run of images without the state of its training and without paths of this machine."""
+    loaded = load_run(run)
+    config = saved_config(loaded.model, dataclasses.replace(loaded.origin, path=FASHION))
+    state = {"step": loaded.step, "course": {"steps": loaded.steps}}
+    save_checkpoint(out / CHECKPOINT_FOLDER, model=loaded.model, config=config, state=state)
+
+
+def main() -> int:
+    """Run the stages that are not done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("chains", nargs="*", help=f"of {', '.join(CHAINS)}; default: all")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/models")
+    parser.add_argument("--work", type=Path, default=ROOT / "out/chains")
+    given = parser.parse_args()
+    if unknown := set(given.chains) - set(CHAINS):
+        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(CHAINS)}")
+    file = given.out / TIMES
+    seconds = json.loads(file.read_text()) if file.exists() else {}
+    for chain in given.chains or CHAINS:
+        for name, stage in CHAINS[chain](given.out, given.work):
+            if name not in seconds:
+                start = time.monotonic()
+                stage()
+                seconds[name] = round(time.monotonic() - start, 1)
+                write_json(file, seconds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

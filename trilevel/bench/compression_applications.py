@@ -1,0 +1,238 @@
+"""What compression makes of the applications: bytes, time and quality of artifacts beside dense float32 in torch.
+
+The models are those of `scripts/chains.py`: for each application a folder with `dense`, a run, and `seed-0`, `seed-1`
+and so on, artifacts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trilevel.applications.artifacts import open_task
+from trilevel.applications.documents.artifact import graph_inputs
+from trilevel.applications.documents.builtin import builtin_document
+from trilevel.applications.documents.checkpoint import load_run as load_document_run
+from trilevel.applications.documents.encoded import encode
+from trilevel.applications.documents.evaluate import KEPT_RUNS, TECH, Case, evaluate, prepare, systems
+from trilevel.applications.documents.select import Selection
+from trilevel.applications.documents.summarize import score_units
+from trilevel.applications.documents.summary import DEFAULT_BUDGET_WORDS, choose_units
+from trilevel.applications.documents.units import split_units
+from trilevel.applications.images.checkpoint import load_run as load_image_run
+from trilevel.applications.images.evaluate import held_out
+from trilevel.applications.images.score import logits_of
+from trilevel.artifact.manifest import MODEL_FILE, Artifact, read_artifact
+from trilevel.artifact.runtime.predictor import Runtime, load_predictor
+from trilevel.bench.harness import Bar, interleave
+from trilevel.errors import InputError
+from trilevel.model import checkpoint
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MODELS = KEPT_RUNS.parent
+RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "openvino")
+TORCH = "dense float32 in torch"
+TOKENS = 512
+"""Of the document that is timed."""
+_IMAGES_AT_ONCE = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Application:
+    """One application.
+
+    Attributes:
+        tokens: of the input that is timed, one at a time.
+        dense_bytes: of the dense model's weights.
+        artifact_bytes: of the graph with its weights, for each seed.
+        metric: `accuracy` or `rouge1`, on the test split.
+        dense_quality: of the dense model; None where the data is missing.
+        qualities: of each artifact.
+        ms: medians of the dense model and of the first artifact in each runtime, run in turn.
+    """
+
+    tokens: int
+    dense_bytes: int
+    artifact_bytes: list[int]
+    metric: str
+    dense_quality: float | None
+    qualities: list[float]
+    ms: dict[str, float]
+
+    @property
+    def size_ratio(self) -> float:
+        """Bytes of an artifact, mean of the seeds, over those of the dense model."""
+        return mean(self.artifact_bytes) / self.dense_bytes
+
+    @property
+    def fastest(self) -> str:
+        """The runtime that takes least time."""
+        return min(RUNTIMES, key=lambda runtime: self.ms[runtime])
+
+    @property
+    def speed(self) -> float:
+        """Time of the dense model over that of the artifact in the fastest runtime."""
+        return self.ms[TORCH] / self.ms[self.fastest]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self) | {"size_ratio": self.size_ratio, "fastest": self.fastest, "speed": self.speed}
+
+
+def measure(models: Path, budget_s: float, tell: Callable[[str], None]) -> dict[str, Application]:
+    """The applications whose models are in `models`, each timed for `budget_s` seconds."""
+    known = {"images": _images, "documents": _documents}
+    found = {}
+    for name, measure_one in known.items():
+        folders = sorted((models / name).glob("seed-*"))
+        if folders and (models / name / "dense").is_dir():
+            artifacts = [read_artifact(folder) for folder in folders]
+            found[name] = measure_one(models / name / "dense", artifacts, budget_s, tell)
+    return found
+
+
+def _images(dense: Path, artifacts: Sequence[Artifact], budget_s: float, tell: Callable[[str], None]) -> Application:
+    run = load_image_run(dense)
+    quality, qualities = None, []
+    try:
+        images = held_out(run)
+    except InputError as error:
+        tell(f"images: quality is not measured ({error})")
+    else:
+        truth = np.array([run.labels.index(label) for label in images.labels])[images.classes]
+        tell("images: accuracy of the dense model")
+        quality = float((logits_of(run.model, images.pixels).argmax(-1).numpy() == truth).mean())
+        for artifact in artifacts:
+            tell(f"images: accuracy of {artifact.path.name}")
+            task = open_task(artifact, load_predictor(artifact, RUNTIMES[0], threads=torch.get_num_threads()))
+            parts = np.split(images.pixels, range(_IMAGES_AT_ONCE, len(truth), _IMAGES_AT_ONCE))
+            found = np.concatenate([task.classify(part) for part in parts]).argmax(-1)
+            qualities.append(float((found == truth).mean()))
+    patches = run.model.config.patches
+    shape = (1, patches.num_channels, *patches.image_size)
+    one = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    pixels = torch.from_numpy(one)
+    tell("images: timing")
+    return Application(
+        tokens=patches.num_tokens,
+        dense_bytes=_bytes_of_run(dense),
+        artifact_bytes=[artifact.file(MODEL_FILE).stat().st_size for artifact in artifacts],
+        metric="accuracy",
+        dense_quality=quality,
+        qualities=qualities,
+        ms=_timed(lambda: run.model(pixels), artifacts[0], {"pixels": one}, budget_s),
+    )
+
+
+def _documents(dense: Path, artifacts: Sequence[Artifact], budget_s: float, tell: Callable[[str], None]) -> Application:
+    quality, qualities = None, []
+    data = os.environ.get("TRILEVEL_DATA")
+    if data is None:
+        tell("documents: quality is not measured (set TRILEVEL_DATA to the folder of the data sets)")
+    else:
+        tell("documents: ROUGE of the dense model")
+        cases = prepare(Path(data) / TECH)
+        quality = _rouge1(cases, systems({"dense": dense})["dense"])
+        for artifact in artifacts:
+            tell(f"documents: ROUGE of {artifact.path.name}")
+            task = open_task(artifact, load_predictor(artifact, RUNTIMES[0], threads=torch.get_num_threads()))
+            qualities.append(_rouge1(cases, lambda case, score=task.score: _chosen(case, score)))  # type: ignore[misc]
+    model, tokenizer = load_document_run(dense)
+    document = encode(split_units(builtin_document()), tokenizer).cut(TOKENS)
+    tell("documents: timing")
+    return Application(
+        tokens=document.num_tokens,
+        dense_bytes=_bytes_of_run(dense),
+        artifact_bytes=[artifact.file(MODEL_FILE).stat().st_size for artifact in artifacts],
+        metric="rouge1",
+        dense_quality=quality,
+        qualities=qualities,
+        ms=_timed(lambda: score_units(model, document), artifacts[0], graph_inputs([document]), budget_s),
+    )
+
+
+def _chosen(case: Case, score: Callable[[Any], np.ndarray]) -> list[int]:
+    return choose_units(case.units, score(case.encoded), case.encoded, Selection(words=DEFAULT_BUDGET_WORDS))
+
+
+def _rouge1(cases: Sequence[Case], choose: Callable[[Case], list[int]]) -> float:
+    return float(evaluate(cases, {"it": choose})["it"].scores[:, 0].mean())
+
+
+def _bytes_of_run(folder: Path) -> int:
+    return (folder / "checkpoint" / checkpoint.MODEL_FILE).stat().st_size
+
+
+def _timed(
+    dense: Callable[[], object], artifact: Artifact, inputs: Mapping[str, np.ndarray], budget_s: float
+) -> dict[str, float]:
+    def in_torch() -> None:
+        with torch.inference_mode():
+            dense()
+
+    runs: dict[str, Callable[[], object]] = {TORCH: in_torch}
+    for runtime in RUNTIMES:
+        predictor = load_predictor(artifact, runtime, threads=torch.get_num_threads())
+        runs[runtime] = lambda own=predictor: own.run(inputs)  # type: ignore[misc]
+    timings = interleave(runs, budget_s=budget_s, min_repeats=15, max_repeats=500, warm_up=3)
+    return {name: timing.median_ms for name, timing in timings.items()}
+
+
+def bars(found: Mapping[str, Application]) -> list[Bar]:
+    """What issue 5 promises of the applications; what was not measured does not hold."""
+
+    def of(name: str, value: Callable[[Application], float | None]) -> float | None:
+        return value(found[name]) if name in found else None
+
+    return [
+        Bar(name="size_ratio_images", value=of("images", lambda own: own.size_ratio), op="<=", bar=0.10),
+        Bar(name="size_ratio_documents", value=of("documents", lambda own: own.size_ratio), op="<=", bar=0.15),
+        Bar(name="speed_images", value=of("images", lambda own: own.speed), op=">=", bar=6),
+        Bar(name="speed_documents_512", value=of("documents", lambda own: own.speed), op=">=", bar=6),
+        Bar(name="images_points_lost", value=of("images", _points_lost), op="<=", bar=1.0),
+        Bar(name="documents_rouge1_vs_dense", value=of("documents", _kept), op=">=", bar=0.99),
+    ]
+
+
+def _points_lost(own: Application) -> float | None:
+    return None if own.dense_quality is None else 100 * (own.dense_quality - mean(own.qualities))
+
+
+def _kept(own: Application) -> float | None:
+    return None if own.dense_quality is None else mean(own.qualities) / own.dense_quality
+
+
+def applications_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Bytes, milliseconds and quality of the dense models and of the artifacts, seed by seed."""
+    from rich.table import Table
+
+    table = Table(title="applications: dense float32 in torch, and INT8 artifacts", title_justify="left")
+    for column in (
+        "application",
+        "tokens",
+        "model",
+        "bytes",
+        "quality",
+        *(f"ms, {one}" for one in ("torch", *RUNTIMES)),
+    ):
+        table.add_column(column, justify="left" if column in ("application", "model") else "right")
+    for name, own in found.items():
+        dense = own["dense_quality"]
+        table.add_row(
+            name, str(own["tokens"]), "dense", f"{own['dense_bytes']:,}", "" if dense is None else f"{dense:.4f}",
+            f"{own['ms'][TORCH]:.2f}", *[""] * len(RUNTIMES),
+        )  # fmt: skip
+        for seed, size in enumerate(own["artifact_bytes"]):
+            quality = f"{own['qualities'][seed]:.4f}" if own["qualities"] else ""
+            times = ["", *(f"{own['ms'][one]:.2f}" for one in RUNTIMES)] if seed == 0 else []
+            table.add_row("", "", f"seed {seed}", f"{size:,}", quality, *times)
+    return table
