@@ -71,6 +71,20 @@ def test_classes_of_texts_are_torch_s(task_artifact: Made, runtime: Runtime, kin
         assert (one.probabilities or {}) == pytest.approx(other.probabilities or {}, abs=tolerance)
 
 
+def test_a_graph_holds_little_beside_its_weights(task_artifact: Made) -> None:
+    onnx, artifact = pytest.importorskip("onnx"), task_artifact("images")
+    graph = onnx.load(str(artifact.file(MODEL_FILE))).graph
+    numbers = [
+        int(np.prod(constant.dims)) for constant in graph.initializer if constant.data_type == onnx.TensorProto.INT64
+    ]
+    assert max(numbers) <= 1_024
+    assert not any(node.name for node in graph.node)
+    stored = {constant.name for constant in graph.initializer}
+    assert all(value.name in stored for value in graph.value_info)
+    # two blocks with a head of each class
+    assert sum(node.ByteSize() for node in graph.node) <= 25_000
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_classes_of_images_are_torch_s(task_artifact: Made, runtime: Runtime, tmp_path: Path) -> None:
     paths = tasks.write_pictures(tmp_path / "pictures")
