@@ -193,7 +193,7 @@ def test_an_int8_artifact_with_the_encoder_in_it(
     artifact = export_documents(tmp_path / "run", tmp_path / "artifact", calibration=[document], tell=lambda _: None)
     assert artifact.manifest.precision == "int8"
     for runtime in ("onnxruntime", "openvino"):
-        predictor = load_predictor(artifact, runtime, threads=1)  # type: ignore[arg-type]
+        predictor = load_predictor(artifact, runtime, threads=1)
         assert check_probes(artifact, predictor).holds
         (summary,) = DocumentPredictor(artifact, predictor).predict([document], num_sentences=3)
         assert len(summary.sentences) == 3
