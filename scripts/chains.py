@@ -1,9 +1,9 @@
 """Make again what `trilevel bench compression` measures of the applications: levels, pruning, INT8, with three seeds.
 
-    TRILEVEL_DATA=... python scripts/chains.py [images] [documents] [--out benchmarks/models] [--work out/chains]
+    TRILEVEL_DATA=... python -m scripts.chains [images] [documents] [--seeds 0 1 2]
 
-Stopped, the same command goes on; what `chains.json` in `--out` lists is kept, with the seconds that each stage took.
-Documents begin with the shipped model, images with a dense teacher.
+Stopped, the same command goes on; what `chains.json` in `--out` lists is kept, with the seconds that each stage took, so
+delete its line to make a stage again. Documents begin with the shipped model, images with a dense teacher.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,19 +24,19 @@ from trilevel.compression.written import write_json
 from trilevel.model.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
-SEEDS = range(3)
 TIMES = "chains.json"
 FASHION, TECH = "images/fashion_mnist.npz", "docs/tech.jsonl.xz"
 Stage = tuple[str, Callable[[], None]]
 
 
-def images(out: Path, work: Path) -> Iterator[Stage]:
+def images(out: Path, work: Path, seeds: Sequence[int]) -> Iterator[Stage]:
     """Name of each stage and what does it."""
-    dense = work / "images-dense"
+    dense = out / "images/dense"
     train = partial(command, "train", "images", FASHION, "--recipe")
-    yield "images/dense", partial(train, recipe("images-fashion"), "--dense", "--out", dense)
-    yield "images/dense, kept", partial(keep, dense, out / "images/dense")
-    for seed in SEEDS:
+    trained = work / "images-dense"
+    yield "images/dense", partial(train, recipe("images-fashion"), "--dense", "--out", trained)
+    yield "images/dense, kept", partial(keep, trained, dense)
+    for seed in seeds:
         levels, small = (work / f"images-{what}-{seed}" for what in ("levels", "small"))
         taught = ("--teacher", dense, "--seed", seed)
         yield f"images/levels-{seed}", partial(train, recipe("images-fashion-levels"), "--out", levels, *taught)
@@ -45,9 +45,9 @@ def images(out: Path, work: Path) -> Iterator[Stage]:
         yield f"images/seed-{seed}", partial(command, "export", small, out / f"images/seed-{seed}")
 
 
-def documents(out: Path, work: Path) -> Iterator[Stage]:
+def documents(out: Path, work: Path, seeds: Sequence[int]) -> Iterator[Stage]:
     """Name of each stage and what does it."""
-    for seed in SEEDS:
+    for seed in seeds:
         small = work / f"documents-small-{seed}"
         options = ("--plan", recipe("compress-documents"), "--data", TECH, "--seed", seed)
         yield f"documents/small-{seed}", partial(command, "compress", PRETRAINED, small, *options)
@@ -85,13 +85,14 @@ def main() -> int:
     parser.add_argument("chains", nargs="*", help=f"of {', '.join(CHAINS)}; default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/models")
     parser.add_argument("--work", type=Path, default=ROOT / "out/chains")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     if unknown := set(given.chains) - set(CHAINS):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(CHAINS)}")
     file = given.out / TIMES
     seconds = json.loads(file.read_text()) if file.exists() else {}
     for chain in given.chains or CHAINS:
-        for name, stage in CHAINS[chain](given.out, given.work):
+        for name, stage in CHAINS[chain](given.out, given.work, given.seeds):
             if name not in seconds:
                 start = time.monotonic()
                 stage()
