@@ -2,7 +2,7 @@
 
     TRILEVEL_DATA=... python -m scripts.chains [images] [documents] [--seeds 0 1 2]
 
-Stopped, the same command goes on; what `chains.json` in `--out` lists is kept, with the seconds that each stage took, so
+Stopped, the same command goes on. What `chains.json` in `--out` lists, with the seconds that each stage took, is kept:
 delete its line to make a stage again. Documents begin with the shipped model, images with a dense teacher.
 """
 
