@@ -46,7 +46,7 @@ def int8_artifact(shared_folder: Path) -> Artifact:
 
 @pytest.fixture(scope="session")
 def task_artifact(shared_folder: Path) -> Callable[[str], Artifact]:
-    """The artifact of `embedding`, `classification`, `images`, or of an `int8` classifier of texts."""
+    """An artifact: `embedding`, `classification`, `images`, `int8` (a classifier of texts) or `small-images`."""
 
     def made(kind: str) -> Artifact:
         with FileLock(shared_folder / f"task-{kind}.lock"):

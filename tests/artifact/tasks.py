@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,16 @@ def _batches() -> list[dict[str, torch.Tensor]]:
 
 
 @cache
+def small_image_run() -> ImageRun:
+    """The classifier of images with weights of 8 bits that are stored in 4."""
+    run = image_run()
+    generator = torch.Generator().manual_seed(8)
+    batches = [torch.randint(0, 256, (3, 1, *SIZE), dtype=torch.uint8, generator=generator) for _ in range(4)]
+    model: Any = freeze(quantize(run.model, QuantizeConfig(weight_bits=4), batches))
+    return replace(run, model=model.eval())
+
+
+@cache
 def image_run() -> ImageRun:
     """A classifier of grey images."""
     torch.manual_seed(6)
@@ -108,6 +119,6 @@ def write(kind: str, folder: Path) -> Artifact:
     """The artifact of a model."""
     if kind == "embedding":
         return export_embedding(source(), folder, tell=quiet)
-    if kind == "images":
-        return export_images(image_run(), folder, tell=quiet)
+    if kind in ("images", "small-images"):
+        return export_images(image_run() if kind == "images" else small_image_run(), folder, tell=quiet)
     return export_classification(text_run(is_int8=kind == "int8"), folder, tell=quiet)

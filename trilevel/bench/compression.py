@@ -101,7 +101,10 @@ def run(case: CompressionCase, progress: Progress = lambda _what, _done: None) -
     return Report(
         case="compression",
         rows=rows,
-        bars=[*bars(rows, settings), *applications.bars(found)] if _is_whole(case) else [],
+        bars=[
+            *(bars(rows, settings) if _is_whole(case) else []),
+            *(applications.bars(found) if case.models is not None else []),
+        ],
         settings=settings,
         broken=sorted({row["contender"] for row in rows if row["status"] == "failed" and row["ours"]}),
     )

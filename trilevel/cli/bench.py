@@ -101,6 +101,7 @@ def compression(
     work: Annotated[
         Path | None, typer.Option(help="Keep the graphs here for the next run; else they are made anew (5 min).")
     ] = None,
+    applications: Annotated[bool, typer.Option(help="The applications' artifacts alone (5 min).")] = False,
 ) -> None:
     """INT8 encoders, ours and others', at 512 and 8,192 tokens, and the applications' artifacts (about 25 min)."""
     import dataclasses
@@ -113,10 +114,12 @@ def compression(
     if threads is not None:
         torch.set_num_threads(threads)
     case = CompressionCase.smoke() if smoke else CompressionCase()
+    if applications:
+        case = dataclasses.replace(case, lengths=(), memory=False, batch=0)
     case = dataclasses.replace(case, folder=None if encoder is None else str(encoder), work=work)
     with progress_bar() as progress:
         report = run(case, progress)
-    tables = [compression_table(report)]
+    tables = [compression_table(report)] if report.rows else []
     if found := report.settings.get("applications"):
         tables.append(applications_table(found))
     _finish(report, tables, as_json=as_json, out=out)

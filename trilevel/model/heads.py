@@ -79,9 +79,11 @@ class SpanHead(nn.Module):
 def mean_of_tokens(x: Tensor, padding_mask: Tensor | None) -> Tensor:
     """Mean over the real tokens, (batch, tokens, dim) to (batch, dim), summed in float32 at least."""
     wide = torch.promote_types(x.dtype, torch.float32)
+    # the axis is kept at first: without it OpenVINO 2026.4.1 fuses what follows, such as the factor of each feature in
+    # front of an INT8 map, and takes the wrong axis for it
     if padding_mask is None:
-        return x.mean(dim=1, dtype=wide).to(x.dtype)
-    total = x.masked_fill(padding_mask[..., None], 0).sum(dim=1, dtype=wide)
+        return x.mean(dim=1, keepdim=True, dtype=wide).squeeze(1).to(x.dtype)
+    total = x.masked_fill(padding_mask[..., None], 0).sum(dim=1, keepdim=True, dtype=wide).squeeze(1)
     return (total / (~padding_mask).sum(dim=1, keepdim=True).clamp(min=1)).to(x.dtype)
 
 

@@ -123,7 +123,14 @@ def _optimize(model: Any) -> None:
     """
     passes = importlib.import_module("onnx_ir.passes.common")
     optimizer = importlib.import_module("onnxscript.optimizer")
-    optimizer.optimize_ir(model, input_size_limit=_LARGEST_CONSTANT, output_size_limit=_LARGEST_CONSTANT)
+    uint8 = importlib.import_module("onnx_ir").DataType.UINT8
+    optimizer.optimize_ir(
+        model,
+        input_size_limit=_LARGEST_CONSTANT,
+        output_size_limit=_LARGEST_CONSTANT,
+        # weights that are stored in 4 bits stay so
+        should_fold=lambda node: False if node.inputs and getattr(node.inputs[0], "dtype", None) == uint8 else None,
+    )
     # what blocks share, whatever its size
     passes.DeduplicateInitializersPass(size_limit=sys.maxsize)(model)
     passes.CommonSubexpressionEliminationPass()(model)
@@ -138,6 +145,9 @@ def _shorten(model: Any) -> None:
     """
     graph = model.graph
     made = [value for node in graph for value in node.outputs if not value.is_graph_output()]
+    for value in (*made, *graph.initializers.values()):
+        # runtimes find the one, and read the other off the stored tensor
+        value.type, value.shape = None, None
     values = [*graph.inputs, *graph.initializers.values(), *made, *graph.outputs]
     for part in (model, graph, *graph, *values):
         part.metadata_props.clear()
@@ -148,7 +158,7 @@ def _shorten(model: Any) -> None:
     taken = {value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
     names = (name for name in map("v{}".format, itertools.count()) if name not in taken)
     for value, name in zip(made, names, strict=False):
-        value.name, value.type, value.shape = name, None, None
+        value.name = name
 
 
 def _tensors(example: Tensor, axes: Sequence[int | str]) -> Tensors:
