@@ -79,7 +79,7 @@ def run(case: CompressionCase, progress: Progress = lambda _what, _done: None) -
     }
     if case.models is not None:
         found = applications.measure(case.models, case.budget_s / 3, lambda what: progress(what, 0.0))
-        settings["applications"] = {name: own.to_dict() for name, own in found.items()}
+        settings["applications"] = [row for name, own in found.items() for row in own.rows(name)]
     start = int(case.models is not None)
     with ExitStack() as stack:
         work = case.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -99,8 +99,8 @@ def run(case: CompressionCase, progress: Progress = lambda _what, _done: None) -
             settings["int8_share_of_peak"] = share_of_peak(encoders, case.batch, SHORT)
     progress("done", 1.0)
     return Report(
-        case="compression",
-        rows=rows,
+        case="compression" if case.lengths else "compression-applications",
+        rows=rows if case.lengths else settings.pop("applications", []),
         bars=[
             *(bars(rows, settings) if _is_whole(case) else []),
             *(applications.bars(found) if case.models is not None else []),

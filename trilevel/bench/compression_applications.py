@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -83,9 +83,16 @@ class Application:
         """Time of the dense model over that of the artifact in the fastest runtime."""
         return self.ms[TORCH] / self.ms[self.fastest]
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return asdict(self) | {"size_ratio": self.size_ratio, "fastest": self.fastest, "speed": self.speed}
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The dense model, then each seed; the first is the one that is timed."""
+        common = {"application": name, "tokens": self.tokens}
+        dense = {**common, "model": TORCH, "bytes": self.dense_bytes, self.metric: self.dense_quality}
+        found = [dense | {"median_ms": self.ms[TORCH]}]
+        for seed, size in enumerate(self.artifact_bytes):
+            row = {**common, "model": f"INT8 artifact, seed {seed}", "bytes": size}
+            row[self.metric] = self.qualities[seed] if self.qualities else None
+            found.append(row | ({f"{one}_median_ms": self.ms[one] for one in RUNTIMES} if seed == 0 else {}))
+        return found
 
 
 def measure(models: Path, budget_s: float, tell: Callable[[str], None]) -> dict[str, Application]:
@@ -211,28 +218,19 @@ def _kept(own: Application) -> float | None:
     return None if own.dense_quality is None else mean(own.qualities) / own.dense_quality
 
 
-def applications_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
+def applications_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Bytes, milliseconds and quality of the dense models and of the artifacts, seed by seed."""
     from rich.table import Table
 
     table = Table(title="applications: dense float32 in torch, and INT8 artifacts", title_justify="left")
-    for column in (
-        "application",
-        "tokens",
-        "model",
-        "bytes",
-        "quality",
-        *(f"ms, {one}" for one in ("torch", *RUNTIMES)),
-    ):
-        table.add_column(column, justify="left" if column in ("application", "model") else "right")
-    for name, own in found.items():
-        dense = own["dense_quality"]
-        table.add_row(
-            name, str(own["tokens"]), "dense", f"{own['dense_bytes']:,}", "" if dense is None else f"{dense:.4f}",
-            f"{own['ms'][TORCH]:.2f}", *[""] * len(RUNTIMES),
-        )  # fmt: skip
-        for seed, size in enumerate(own["artifact_bytes"]):
-            quality = f"{own['qualities'][seed]:.4f}" if own["qualities"] else ""
-            times = ["", *(f"{own['ms'][one]:.2f}" for one in RUNTIMES)] if seed == 0 else []
-            table.add_row("", "", f"seed {seed}", f"{size:,}", quality, *times)
+    words, numbers = ("application", "model"), ("tokens", "bytes", "accuracy", "rouge1")
+    times = ("median_ms", *(f"{one}_median_ms" for one in RUNTIMES))
+    for column in (*words, *numbers, *times):
+        table.add_column(column.replace("_", " "), justify="left" if column in words else "right")
+    for row in rows:
+        cells = [str(row[column]) for column in words]
+        for column in (*numbers, *times):
+            value = row.get(column)
+            cells.append("" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+        table.add_row(*cells)
     return table

@@ -119,7 +119,7 @@ def compression(
     case = dataclasses.replace(case, folder=None if encoder is None else str(encoder), work=work)
     with progress_bar() as progress:
         report = run(case, progress)
-    tables = [compression_table(report)] if report.rows else []
+    tables = [applications_table(report.rows)] if applications else [compression_table(report)]
     if found := report.settings.get("applications"):
         tables.append(applications_table(found))
     _finish(report, tables, as_json=as_json, out=out)
