@@ -152,7 +152,7 @@ def test_the_scan_leaves_layers_float(run: Path, tmp_path: Path) -> None:
     details = made.report["stages"][0]["details"]
     assert len(details["scan"]) == 10
     assert details["skip"] == [row["name"] for row in details["scan"][:2]]
-    assert details["modules"] == 7
+    assert details["modules"] == 8
     assert not (tmp_path / "out/stages/1-quantize/scan.json").exists()
 
 

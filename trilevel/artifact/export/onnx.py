@@ -103,23 +103,24 @@ def export_onnx(
             verbose=False,
             optimize=False,
         )
-        _optimize(program.model)
+        optimize(program.model)
         found = twin(*inputs.values())
     kinds = {node.op_type for node in program.model.graph}
     if kinds & set(REFUSED):
         raise ConfigError(f"the graph holds {sorted(kinds & set(REFUSED))}, which break a runtime; it is not written.")
     store_transposed(program.model)
-    _shorten(program.model)
+    shorten(program.model)
     # one file: whoever copies it has all of it
     program.save(str(path), external_data=False)
     given = {name: _tensors(inputs[name], axes[name]) for name in names}
     return given, {output: _tensors(found, axes[output])}
 
 
-def _optimize(model: Any) -> None:
+def optimize(model: Any) -> None:
     """What `torch.onnx.export` does by default, but masks of a fixed length stay the few operators they are.
 
-    Computed beforehand they were a third of the bytes of an image classifier of 196 tokens.
+    Of the model of `torch.onnx.export(..., optimize=False)`. Computed beforehand masks were a third of the bytes of an
+    image classifier of 196 tokens.
     """
     passes = importlib.import_module("onnx_ir.passes.common")
     optimizer = importlib.import_module("onnxscript.optimizer")
@@ -137,7 +138,7 @@ def _optimize(model: Any) -> None:
     passes.RemoveUnusedNodesPass()(model)
 
 
-def _shorten(model: Any) -> None:
+def shorten(model: Any) -> None:
     """Take out what runtimes do not read: a small file is mostly that.
 
     Where each operator came from (paths of the machine that exports), names of operators, and the shapes and long names
