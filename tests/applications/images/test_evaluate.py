@@ -71,6 +71,13 @@ def test_what_cannot_be_evaluated(run: Run, tmp_path: Path) -> None:
         held_out(gone)
 
 
+def test_data_of_a_run_is_looked_up_below_trilevel_data(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Path(run.origin.path)
+    moved = dataclasses.replace(run, origin=dataclasses.replace(run.origin, path=whole.name))
+    monkeypatch.setenv("TRILEVEL_DATA", str(whole.parent))
+    assert (held_out(moved, cache=cache_of(run)).pixels == held_out(run, cache=cache_of(run)).pixels).all()
+
+
 def test_only_like_runs_are_compared(run: Run, tmp_path: Path) -> None:
     images = held_out(run, cache=cache_of(run))
     check_comparable(run, run, images)

@@ -63,7 +63,7 @@ def held_out(
     """
     if split is not None and split not in SPLITS:
         raise ConfigError(f"split={split!r} is none of {', '.join(SPLITS)}.")
-    given = Path(run.origin.path) if path is None else data_path(path)
+    given = data_path(run.origin.path if path is None else path)
     if path is None and not given.exists():
         raise InputError(f"{given}, which the model was trained on, is no longer there. Name the data to evaluate on.")
     is_own = path is None or str(given.resolve()) == run.origin.path
