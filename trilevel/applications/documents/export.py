@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import trilevel
-from trilevel.applications.documents.artifact import INT8, graph_inputs
+from trilevel.applications.documents.artifact import graph_inputs
+from trilevel.applications.documents.backbone import Backbone
 from trilevel.applications.documents.builtin import builtin_document, builtin_pieces
-from trilevel.applications.documents.checkpoint import CHECKPOINT_FOLDER, ENCODER_FOLDER, MINILM, PRETRAINED, load_run
-from trilevel.applications.documents.data import DocumentBatch, cache_dir, collate
+from trilevel.applications.documents.checkpoint import CHECKPOINT_FOLDER, PRETRAINED, load_run
+from trilevel.applications.documents.data import DocumentBatch, collate
 from trilevel.applications.documents.encoded import Encoded, encode
 from trilevel.applications.documents.graph import ScoringGraph
 from trilevel.applications.documents.model import DocumentModel
@@ -22,12 +20,11 @@ from trilevel.applications.documents.summary import DEFAULT_BUDGET_WORDS
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.applications.documents.units import FEATURE_SIZES, split_units
 from trilevel.artifact.export.artifact import Graph, export_artifact
-from trilevel.artifact.manifest import Artifact, read_artifact
+from trilevel.artifact.manifest import Artifact
 from trilevel.compression.quantize import QuantizeConfig, freeze, quantize
 from trilevel.data.documents import Document
-from trilevel.errors import ArtifactError, InputError
+from trilevel.errors import ConfigError, InputError
 from trilevel.model.checkpoint import weights_sha256
-from trilevel.model.folder import CONFIG_FILE
 
 CALIBRATION_TOKENS = 8_192
 """Of a document, at most."""
@@ -58,11 +55,16 @@ def export(
     """See `artifact.export_documents`."""
     folder = PRETRAINED if source is None else Path(source)
     model, tokenizer = load_run(folder)
+    if isinstance(model.config.tokens, Backbone):
+        raise ConfigError(
+            f"{folder} stands on a pretrained encoder, which is no part of the run. Export a model with an encoder of "
+            "its own, or the encoder with `trilevel export ENCODER`."
+        )
     model = model.float()
     if calibration is not None:
         tell(f"measuring the ranges of activations on {len(calibration)} documents")
         model = to_int8(model, [encode(split_units(one), tokenizer) for one in calibration], target=target)
-    assert model.encoder is not None
+    config = model.config.to_dict()
     graph = Graph(
         task="documents",
         name="documents" if source is None else folder.name,
@@ -76,7 +78,7 @@ def export(
             "weights_sha256": weights_sha256(folder / CHECKPOINT_FOLDER),
             "calibration_documents": None if calibration is None else len(calibration),
         },
-        levels={"tokens": model.encoder.config.to_dict()["levels"], "units": model.config.to_dict()["unit_levels"]},
+        levels={"tokens": config["tokens"]["levels"], "units": config["unit_levels"]},
         tokenizer=tokenizer.to_str(),
         about=(
             f"Scores the sentences of documents of up to {model.config.max_tokens:,} tokens, for extractive summaries. "
@@ -84,28 +86,6 @@ def export(
         ),
     )
     return export_artifact(graph, out, target=target, tell=tell)
-
-
-def shipped_artifact(backbone: str, tell: Callable[[str], None]) -> Artifact:
-    """The shipped summariser in INT8: `scratch`, as it comes, or `minilm`, made once and kept in the cache.
-
-    Raises:
-        CheckpointError: MiniLM cannot be had.
-        ArtifactError: the cache cannot be written, or no runtime answers as torch does.
-    """
-    if backbone == "scratch":
-        return read_artifact(INT8)
-    digest = hashlib.sha256(f"{trilevel.__version__} {weights_sha256(MINILM / CHECKPOINT_FOLDER)}".encode())
-    digest.update((MINILM / ENCODER_FOLDER / CONFIG_FILE).read_bytes())
-    kept = cache_dir() / "artifacts" / digest.hexdigest()[:32]
-    if kept.exists():
-        try:
-            return read_artifact(kept)
-        except ArtifactError as error:
-            tell(f"{kept} is damaged and made again ({error})")
-            shutil.rmtree(kept)
-    tell(f"making the artifact on MiniLM, once; it is kept in {kept}")
-    return export(MINILM, kept, target="portable", calibration=builtin_pieces(), tell=tell)
 
 
 def to_int8(model: DocumentModel, documents: Sequence[Encoded], *, target: str = "portable") -> DocumentModel:
