@@ -19,9 +19,8 @@ from functools import partial
 from pathlib import Path
 
 from trilevel.applications.documents.checkpoint import PRETRAINED
-from trilevel.applications.images.checkpoint import CHECKPOINT_FOLDER, load_run, saved_config
+from trilevel.applications.images.checkpoint import load_run, save_run
 from trilevel.compression.written import write_json
-from trilevel.model.checkpoint import save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TIMES = "chains.json"
@@ -74,9 +73,7 @@ def command(*words: str | Path | int) -> None:
 def keep(run: Path, out: Path) -> None:
     """Copy a run of images without the state of its training and without paths of this machine."""
     loaded = load_run(run)
-    config = saved_config(loaded.model, dataclasses.replace(loaded.origin, path=FASHION))
-    state = {"step": loaded.step, "course": {"steps": loaded.steps}}
-    save_checkpoint(out / CHECKPOINT_FOLDER, model=loaded.model, config=config, state=state)
+    save_run(dataclasses.replace(loaded, folder=out, origin=dataclasses.replace(loaded.origin, path=FASHION)))
 
 
 def main() -> int:

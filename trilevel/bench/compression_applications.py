@@ -26,6 +26,8 @@ from trilevel.applications.documents.select import Selection
 from trilevel.applications.documents.summarize import score_units
 from trilevel.applications.documents.summary import DEFAULT_BUDGET_WORDS, choose_units
 from trilevel.applications.documents.units import split_units
+from trilevel.applications.images.checkpoint import CHECKPOINT_FOLDER
+from trilevel.applications.images.checkpoint import Run as ImageRun
 from trilevel.applications.images.checkpoint import load_run as load_image_run
 from trilevel.applications.images.evaluate import held_out
 from trilevel.applications.images.score import logits_of
@@ -107,81 +109,114 @@ def measure(models: Path, budget_s: float, tell: Callable[[str], None]) -> dict[
     return found
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Judge:
+    """Quality of the dense model, and of an artifact by what its application predicts with."""
+
+    dense: Callable[[], float]
+    artifact: Callable[[Any], float]
+
+
 def _images(dense: Path, artifacts: Sequence[Artifact], budget_s: float, tell: Callable[[str], None]) -> Application:
     run = load_image_run(dense)
-    quality, qualities = None, []
-    try:
-        images = held_out(run)
-    except InputError as error:
-        tell(f"images: quality is not measured ({error})")
-    else:
-        truth = np.array([run.labels.index(label) for label in images.labels])[images.classes]
-        tell("images: accuracy of the dense model")
-        quality = float((logits_of(run.model, images.pixels).argmax(-1).numpy() == truth).mean())
-        for artifact in artifacts:
-            tell(f"images: accuracy of {artifact.path.name}")
-            task = open_task(artifact, load_predictor(artifact, RUNTIMES[0], threads=torch.get_num_threads()))
-            parts = np.split(images.pixels, range(_IMAGES_AT_ONCE, len(truth), _IMAGES_AT_ONCE))
-            found = np.concatenate([task.classify(part) for part in parts]).argmax(-1)
-            qualities.append(float((found == truth).mean()))
     patches = run.model.config.patches
     shape = (1, patches.num_channels, *patches.image_size)
     one = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     pixels = torch.from_numpy(one)
-    tell("images: timing")
+    judge = None
+    try:
+        judge = _judge_of_images(run)
+    except InputError as error:
+        tell(f"images: quality is not measured ({error})")
+    dense_quality, qualities = _judged("images", judge, artifacts, tell)
     return Application(
         tokens=patches.num_tokens,
-        dense_bytes=_bytes_of_run(dense),
-        artifact_bytes=[artifact.file(MODEL_FILE).stat().st_size for artifact in artifacts],
         metric="accuracy",
-        dense_quality=quality,
+        dense_quality=dense_quality,
         qualities=qualities,
-        ms=_timed(lambda: run.model(pixels), artifacts[0], {"pixels": one}, budget_s),
+        ms=_timed("images", lambda: run.model(pixels), artifacts[0], {"pixels": one}, budget_s, tell),
+        **_bytes(dense, artifacts),
     )
+
+
+def _judge_of_images(run: ImageRun) -> _Judge:
+    images = held_out(run)
+    truth = np.array([run.labels.index(label) for label in images.labels])[images.classes]
+
+    def accuracy(scores: np.ndarray) -> float:
+        return float((scores.argmax(-1) == truth).mean())
+
+    def of_artifact(task: Any) -> float:
+        parts = np.split(images.pixels, range(_IMAGES_AT_ONCE, len(truth), _IMAGES_AT_ONCE))
+        return accuracy(np.concatenate([task.classify(part) for part in parts]))
+
+    return _Judge(dense=lambda: accuracy(logits_of(run.model, images.pixels).numpy()), artifact=of_artifact)
 
 
 def _documents(dense: Path, artifacts: Sequence[Artifact], budget_s: float, tell: Callable[[str], None]) -> Application:
-    quality, qualities = None, []
-    data = os.environ.get("TRILEVEL_DATA")
+    model, tokenizer = load_document_run(dense)
+    document = encode(split_units(builtin_document()), tokenizer).cut(TOKENS)
+    data, judge = os.environ.get("TRILEVEL_DATA"), None
     if data is None:
         tell("documents: quality is not measured (set TRILEVEL_DATA to the folder of the data sets)")
     else:
-        tell("documents: ROUGE of the dense model")
-        cases = prepare(Path(data) / TECH)
-        quality = _rouge1(cases, systems({"dense": dense})["dense"])
-        for artifact in artifacts:
-            tell(f"documents: ROUGE of {artifact.path.name}")
-            task = open_task(artifact, load_predictor(artifact, RUNTIMES[0], threads=torch.get_num_threads()))
-            qualities.append(_rouge1(cases, lambda case, score=task.score: _chosen(case, score)))  # type: ignore[misc]
-    model, tokenizer = load_document_run(dense)
-    document = encode(split_units(builtin_document()), tokenizer).cut(TOKENS)
-    tell("documents: timing")
+        judge = _judge_of_documents(dense, Path(data) / TECH)
+    dense_quality, qualities = _judged("documents", judge, artifacts, tell)
+    inputs = graph_inputs([document])
     return Application(
         tokens=document.num_tokens,
-        dense_bytes=_bytes_of_run(dense),
-        artifact_bytes=[artifact.file(MODEL_FILE).stat().st_size for artifact in artifacts],
         metric="rouge1",
-        dense_quality=quality,
+        dense_quality=dense_quality,
         qualities=qualities,
-        ms=_timed(lambda: score_units(model, document), artifacts[0], graph_inputs([document]), budget_s),
+        ms=_timed("documents", lambda: score_units(model, document), artifacts[0], inputs, budget_s, tell),
+        **_bytes(dense, artifacts),
     )
 
 
-def _chosen(case: Case, score: Callable[[Any], np.ndarray]) -> list[int]:
-    return choose_units(case.units, score(case.encoded), case.encoded, Selection(words=DEFAULT_BUDGET_WORDS))
+def _judge_of_documents(dense: Path, data: Path) -> _Judge:
+    cases, selection = prepare(data), Selection(words=DEFAULT_BUDGET_WORDS)
+
+    def rouge1(choose: Callable[[Case], list[int]]) -> float:
+        return float(evaluate(cases, {"it": choose})["it"].scores[:, 0].mean())
+
+    def of_artifact(task: Any) -> float:
+        return rouge1(lambda case: choose_units(case.units, task.score(case.encoded), case.encoded, selection))
+
+    return _Judge(dense=lambda: rouge1(systems({"dense": dense})["dense"]), artifact=of_artifact)
 
 
-def _rouge1(cases: Sequence[Case], choose: Callable[[Case], list[int]]) -> float:
-    return float(evaluate(cases, {"it": choose})["it"].scores[:, 0].mean())
+def _judged(
+    name: str, judge: _Judge | None, artifacts: Sequence[Artifact], tell: Callable[[str], None]
+) -> tuple[float | None, list[float]]:
+    """Quality of the dense model and of each artifact; None and nothing without a judge."""
+    if judge is None:
+        return None, []
+    tell(f"{name}: quality of the dense model")
+    dense_quality, qualities = judge.dense(), []
+    for artifact in artifacts:
+        tell(f"{name}: quality of {artifact.path.name}")
+        predictor = load_predictor(artifact, RUNTIMES[0], threads=torch.get_num_threads())
+        qualities.append(judge.artifact(open_task(artifact, predictor)))
+    return dense_quality, qualities
 
 
-def _bytes_of_run(folder: Path) -> int:
-    return (folder / "checkpoint" / checkpoint.MODEL_FILE).stat().st_size
+def _bytes(dense: Path, artifacts: Sequence[Artifact]) -> dict[str, Any]:
+    return {
+        "dense_bytes": (dense / CHECKPOINT_FOLDER / checkpoint.MODEL_FILE).stat().st_size,
+        "artifact_bytes": [artifact.bytes_of(MODEL_FILE) for artifact in artifacts],
+    }
 
 
 def _timed(
-    dense: Callable[[], object], artifact: Artifact, inputs: Mapping[str, np.ndarray], budget_s: float
+    name: str,
+    dense: Callable[[], object],
+    artifact: Artifact,
+    inputs: Mapping[str, np.ndarray],
+    budget_s: float,
+    tell: Callable[[str], None],
 ) -> dict[str, float]:
+    tell(f"{name}: timing")
+
     def in_torch() -> None:
         with torch.inference_mode():
             dense()
@@ -191,7 +226,7 @@ def _timed(
         predictor = load_predictor(artifact, runtime, threads=torch.get_num_threads())
         runs[runtime] = lambda own=predictor: own.run(inputs)  # type: ignore[misc]
     timings = interleave(runs, budget_s=budget_s, min_repeats=15, max_repeats=500, warm_up=3)
-    return {name: timing.median_ms for name, timing in timings.items()}
+    return {own: timing.median_ms for own, timing in timings.items()}
 
 
 def bars(found: Mapping[str, Application]) -> list[Bar]:

@@ -247,19 +247,28 @@ class QuantizedEmbedding(nn.Embedding):
 # subclasses, so that what looks for linear maps and tables finds them; their parameters are properties and buffers
 
 
+def _hold(
+    linear: nn.Linear, out_features: int, in_features: int, bias: nn.Parameter | None, reads: Reads, **stored: Tensor
+) -> None:
+    """Set up a linear map whose weight is buffers."""
+    nn.Module.__init__(linear)
+    linear.out_features, linear.in_features = out_features, in_features
+    for name, tensor in stored.items():
+        linear.register_buffer(name, tensor)
+    linear.register_parameter("bias", bias)
+    linear.reads = reads
+
+
 class FrozenLinear(nn.Linear):
     """A linear map with a stored int8 weight `(out, in)` and a scale for each output."""
 
     weight_int8: Tensor
     weight_scale: Tensor
+    reads: Reads
 
     def __init__(self, weight_int8: Tensor, weight_scale: Tensor, bias: nn.Parameter | None, reads: Reads) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight_int8.shape
-        self.register_buffer("weight_int8", weight_int8)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_parameter("bias", bias)
-        self.reads = reads
+        rows, columns = weight_int8.shape
+        _hold(self, rows, columns, bias, reads, weight_int8=weight_int8, weight_scale=weight_scale)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # computed, not stored
@@ -289,13 +298,8 @@ class FrozenLinear8bitOf4(FrozenLinear):
         reads: Reads,
         in_features: int,
     ) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = packed.shape[0], in_features
-        self.register_buffer("packed", packed)
-        self.register_buffer("weight_factors", factors)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_parameter("bias", bias)
-        self.reads = reads
+        stored = {"packed": packed, "weight_factors": factors, "weight_scale": weight_scale}
+        _hold(self, packed.shape[0], in_features, bias, reads, **stored)
 
     @property
     def weight_int8(self) -> Tensor:  # type: ignore[override]  # computed, not stored
@@ -309,16 +313,12 @@ class FrozenLinear4bit(nn.Linear):
 
     packed: Tensor
     weight_scale: Tensor
+    reads: Reads
 
     def __init__(
         self, packed: Tensor, weight_scale: Tensor, bias: nn.Parameter | None, reads: Reads, in_features: int
     ) -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = packed.shape[0], in_features
-        self.register_buffer("packed", packed)
-        self.register_buffer("weight_scale", weight_scale)
-        self.register_parameter("bias", bias)
-        self.reads = reads
+        _hold(self, packed.shape[0], in_features, bias, reads, packed=packed, weight_scale=weight_scale)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # computed, not stored

@@ -11,7 +11,7 @@ from typing import Any
 from trilevel.applications.images.model import ImageClassifier, ImageClassifierConfig
 from trilevel.compression.checkpoint import load_compressed
 from trilevel.errors import CheckpointError, ConfigError
-from trilevel.model.checkpoint import has_checkpoint, read_config
+from trilevel.model.checkpoint import has_checkpoint, read_config, save_checkpoint
 from trilevel.model.config import from_mapping
 
 CHECKPOINT_FOLDER = "checkpoint"
@@ -93,6 +93,14 @@ def prepare_run(folder: Path, config: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written ({error}). Choose another --out.") from error
+
+
+def save_run(run: Run) -> None:
+    """Write a run to its folder, without the state of its training."""
+    state = {"step": run.step, "course": {"steps": run.steps}}
+    save_checkpoint(
+        run.folder / CHECKPOINT_FOLDER, model=run.model, config=saved_config(run.model, run.origin), state=state
+    )
 
 
 def load_run(path: str | Path) -> Run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trilevel.applications.images.batches import ImageBatches
-from trilevel.applications.images.checkpoint import CHECKPOINT_FOLDER, Run, load_run, saved_config
+from trilevel.applications.images.checkpoint import CHECKPOINT_FOLDER, Run, load_run, save_run
 from trilevel.applications.images.objective import check_alike
 from trilevel.applications.images.recipe import data_path
 from trilevel.applications.images.score import logits_of, with_channels
@@ -21,7 +21,7 @@ from trilevel.compression.written import write_json
 from trilevel.data.image_folder import ImageSet, check_images, check_labels, load_images
 from trilevel.data.image_sources import Progress
 from trilevel.errors import ConfigError, InputError
-from trilevel.model.checkpoint import save_checkpoint, weights_sha256
+from trilevel.model.checkpoint import weights_sha256
 from trilevel.model.config import from_mapping
 from trilevel.training.objectives import sequence_loss
 
@@ -112,9 +112,7 @@ class ImageTask:
 
     def save(self, folder: Path, model: nn.Module, report: Mapping[str, Any]) -> None:
         """Write a run."""
-        state = {"step": self.run.step, "course": {"steps": self.run.steps}}
-        config = saved_config(model, self.run.origin)  # type: ignore[arg-type]  # a pruned or quantized one
-        save_checkpoint(folder / CHECKPOINT_FOLDER, model=model, config=config, state=state)
+        save_run(replace(self.run, folder=folder, model=model))  # type: ignore[arg-type]  # a pruned or quantized one
         write_json(folder / "report.json", report)
 
     def load(self, folder: Path) -> nn.Module:
