@@ -75,7 +75,7 @@ def test_there_is_a_recipe_for_each_application() -> None:
     [
         ("", "the plan does nothing"),
         ("[distill]\n", "the plan does nothing"),
-        ("[purne]\n", "unknown table purne; known are prune, distill, quantize and data"),
+        ("[purne]\n", "unknown table purne; known are prune, exits, distill, quantize and data"),
         ("[prune]\nkeep_head = 0.5\n", r"\[prune\] PruneConfig: unknown key 'keep_head'"),
         ("[prune]\nkeep_heads = 0.0\n", r"\[prune\] PruneConfig: keep_heads=0.0 must lie in \(0, 1\]"),
         ("[prune]\nkeep_ffn = 1.5\n", r"\[prune\] PruneConfig: keep_ffn=1.5 must lie in \(0, 1\]"),
@@ -118,7 +118,7 @@ def test_a_missing_file_names_the_option(tmp_path: Path) -> None:
 def test_stages_in_another_order_or_twice() -> None:
     rounded = Stage(name="quantize", config=QuantizeConfig())
     for stages in ((rounded, rounded), (rounded, Stage(name="prune", config=PruneConfig()))):
-        with pytest.raises(ConfigError, match="each once, in the order prune, distill, quantize"):
+        with pytest.raises(ConfigError, match="each once, in the order prune, exits, distill, quantize"):
             CompressionPlan(stages=stages)
-    with pytest.raises(ConfigError, match="distill alone is training"):
+    with pytest.raises(ConfigError, match="distill without training is nothing"):
         CompressionPlan(stages=(Stage(name="distill", config=DistillConfig()),), losses=DistillConfig())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class DistillConfig:
         layers: blocks of the encoder whose outputs are compared, from 0; negative ones count from the end.
         head_weight: of the distance of each head's output, taken through its slice of `out_proj`. Heads are matched by
             their places, so none may have been pruned.
+        exit_weight: of the mean loss of the heads behind inner blocks, where there are some: each learns from labels
+            and teacher as the model's own head does.
     """
 
     temperature: float = 2.0
@@ -40,6 +42,7 @@ class DistillConfig:
     hidden_weight: float = 1.0
     layers: tuple[int, ...] = (-1,)
     head_weight: float = 0.0
+    exit_weight: float = 1.0
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -47,7 +50,7 @@ class DistillConfig:
             raise ConfigError(f"DistillConfig: temperature={self.temperature} must be > 0.")
         if not 0 <= self.teacher_weight <= 1:
             raise ConfigError(f"DistillConfig: teacher_weight={self.teacher_weight} must lie in [0, 1].")
-        for name in ("hidden_weight", "head_weight"):
+        for name in ("hidden_weight", "head_weight", "exit_weight"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"DistillConfig: {name}={getattr(self, name)} must be >= 0.")
         if len(set(self.layers)) != len(self.layers) or (self.hidden_weight > 0 and not self.layers):
@@ -122,12 +125,20 @@ class Outputs:
         vectors: (batch, dim), compared by their cosine; None where it answers with logits.
         padding_mask: (batch, tokens) of the encoder's tokens, true at padding; None for none.
         focus: (batch, units), scores that thin a document out; None where nothing does.
+        exits: (batch, exits, classes), logits of the heads behind inner blocks; None where there are none.
     """
 
     logits: Tensor | None = None
     vectors: Tensor | None = None
     padding_mask: Tensor | None = None
     focus: Tensor | None = None
+    exits: Tensor | None = None
+
+
+def outputs_of(logits: Tensor, padding_mask: Tensor | None = None) -> Outputs:
+    """Of the logits of all heads, (batch, segments, classes), the model's own last."""
+    exits = logits[:, :-1] if logits.shape[1] > 1 else None
+    return Outputs(logits=logits[:, -1], exits=exits, padding_mask=padding_mask)
 
 
 Forward = Callable[[nn.Module, Any], Outputs]
@@ -177,12 +188,11 @@ class Distillation:
             theirs = self.forward(self.teacher, batch)
         with self._watched([own for own, _ in self.pairs]) as found:
             ours = self.forward(model, batch)
-        parts = self._answers(ours, theirs)
-        total = next(iter(parts.values()))
-        if self.supervised is not None:
-            labelled = self.supervised(ours, batch)
-            total = config.teacher_weight * total + (1 - config.teacher_weight) * labelled.pop("loss")
-            parts |= labelled
+        total, parts = self._answers(ours, theirs, batch)
+        if ours.exits is not None and config.exit_weight > 0:
+            each = [self._answers(replace(ours, logits=logits), theirs, batch)[0] for logits in ours.exits.unbind(1)]
+            parts["exits"] = torch.stack(each).mean()
+            total = total + config.exit_weight * parts["exits"]
         if config.hidden_weight > 0:
             distances = [
                 distance(own, other, ours.padding_mask) for own, other in zip(found[0], wanted[0], strict=True)
@@ -194,12 +204,21 @@ class Distillation:
             total = total + config.head_weight * parts["heads"]
         return {"loss": total, **parts}
 
-    def _answers(self, ours: Outputs, theirs: Outputs) -> dict[str, Tensor]:
+    def _answers(self, ours: Outputs, theirs: Outputs, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of what the model answers, and its parts."""
+        weight = self.config.teacher_weight
         if ours.logits is not None and theirs.logits is not None:
-            return {"divergence": divergence(ours.logits, theirs.logits, self.config.temperature)}
-        assert ours.vectors is not None
-        assert theirs.vectors is not None
-        return {"embedding": 1 - F.cosine_similarity(ours.vectors.float(), theirs.vectors.float(), dim=-1).mean()}
+            parts = {"divergence": divergence(ours.logits, theirs.logits, self.config.temperature)}
+        else:
+            assert ours.vectors is not None
+            assert theirs.vectors is not None
+            similarity = F.cosine_similarity(ours.vectors.float(), theirs.vectors.float(), dim=-1)
+            parts = {"embedding": 1 - similarity.mean()}
+        (total,) = parts.values()
+        if self.supervised is None:
+            return total, parts
+        labelled = self.supervised(ours, batch)
+        return weight * total + (1 - weight) * labelled.pop("loss"), parts | labelled
 
     def _heads(self, found: Sequence[Tensor], wanted: Sequence[Tensor], padding_mask: Tensor | None) -> Tensor:
         distances = []

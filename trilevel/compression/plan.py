@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trilevel.compression.distill import DistillConfig
+from trilevel.compression.exits import ExitsConfig
 from trilevel.compression.prune import PruneConfig
 from trilevel.compression.quantize import QuantizeConfig
 from trilevel.errors import ConfigError
@@ -16,8 +17,8 @@ from trilevel.model.config import from_mapping
 from trilevel.training.config import TrainConfig
 from trilevel.training.recipe import read_tables, train_config
 
-Name = Literal["prune", "distill", "quantize"]
-ORDER: tuple[Name, ...] = ("prune", "distill", "quantize")
+Name = Literal["prune", "exits", "distill", "quantize"]
+ORDER: tuple[Name, ...] = ("prune", "exits", "distill", "quantize")
 """Rounding comes last: nothing prunes a quantized model, and what is learned before is learned without its noise."""
 _NONE = "none"
 # these may be None, which TOML has no word for
@@ -25,7 +26,7 @@ _OPTIONAL = ("activations", "smooth")
 
 
 # what a quantized model lost is little, and steps that suit a pruned one lose more
-_RATES: dict[Name, float] = {"prune": 3e-4, "distill": 3e-4, "quantize": 2e-5}
+_RATES: dict[Name, float] = {"prune": 3e-4, "exits": 3e-4, "distill": 3e-4, "quantize": 2e-5}
 
 
 def _train(learning_rate: float = _RATES["prune"]) -> TrainConfig:
@@ -97,7 +98,7 @@ class Stage:
     """One step of a plan: what it does and the training behind it; `scan` belongs to `quantize`."""
 
     name: Name
-    config: PruneConfig | QuantizeConfig | DistillConfig
+    config: PruneConfig | ExitsConfig | QuantizeConfig | DistillConfig
     recovery: Recovery = Recovery()
     scan: Scan | None = None
 
@@ -107,7 +108,7 @@ class CompressionPlan:
     """Stages in order; what training learns from the teacher; how training data is made batches.
 
     Args:
-        stages: one or more, each name once, in the order prune, distill, quantize.
+        stages: one or more, each name once, in the order prune, exits, distill, quantize.
         losses: for the training of every stage; None trains on labels alone.
         data: options of the application for its training batches.
     """
@@ -120,14 +121,16 @@ class CompressionPlan:
         """Check what the stages say of each other."""
         names = [stage.name for stage in self.stages]
         if not names:
-            raise ConfigError("the plan does nothing; give it a stage: prune, quantize, or distill with steps.")
+            raise ConfigError("the plan does nothing; give it a stage: prune, exits, quantize, or distill with steps.")
         if names != [name for name in ORDER if name in names]:
             raise ConfigError(
                 f"the plan has the stages {', '.join(names)}; each once, in the order {', '.join(ORDER)}."
             )
         for stage in self.stages:
-            if stage.name == "distill" and stage.recovery.is_empty:
-                raise ConfigError("distill alone is training; give it steps or epochs in the table distill.train.")
+            if stage.name in ("exits", "distill") and stage.recovery.is_empty:
+                raise ConfigError(
+                    f"{stage.name} without training is nothing; give it steps or epochs in {stage.name}.train."
+                )
             if isinstance(stage.config, PruneConfig):
                 self._check_heads(stage.config)
 
@@ -154,11 +157,11 @@ def _plain(value: Any) -> Any:
 def read_plan(path: str | Path) -> CompressionPlan:
     """Read a plan.
 
-    The tables `prune`, `quantize` and `distill` hold the fields of `PruneConfig`, `QuantizeConfig` (and `skip_budget`,
-    `max_skips`, `scan_examples`, see `Scan`) and `DistillConfig`. A table `train` in each (`[prune.train]`) holds
-    `steps` or `epochs`, `warmup_fraction` and the fields of `TrainConfig`; without it nothing is trained. `[distill]`
-    with a `train` is a stage of its own between the other two, and in any case says what their training learns from the
-    teacher. `data` is the application's. `"none"` stands for None.
+    The tables `prune`, `exits`, `quantize` and `distill` hold the fields of `PruneConfig`, `ExitsConfig`,
+    `QuantizeConfig` (and `skip_budget`, `max_skips`, `scan_examples`, see `Scan`) and `DistillConfig`. A table
+    `train` in each (`[prune.train]`) holds `steps` or `epochs`, `warmup_fraction` and the fields of `TrainConfig`;
+    without it nothing is trained. `[distill]` with a `train` is a stage of its own between the other two, and in any
+    case says what their training learns from the teacher. `data` is the application's. `"none"` stands for None.
 
     Raises:
         ConfigError: the file is missing or no TOML, or a table, a key or a value is not understood; it is named.
@@ -182,7 +185,12 @@ def read_plan(path: str | Path) -> CompressionPlan:
     return plan
 
 
-_CONFIGS: dict[str, type[Any]] = {"prune": PruneConfig, "quantize": QuantizeConfig, "distill": DistillConfig}
+_CONFIGS: dict[str, type[Any]] = {
+    "prune": PruneConfig,
+    "exits": ExitsConfig,
+    "quantize": QuantizeConfig,
+    "distill": DistillConfig,
+}
 
 
 def _table(given: Any, name: str, path: Path) -> dict[str, Any]:

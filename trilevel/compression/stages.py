@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from trilevel.compression.distill import Distillation, DistillConfig
+from trilevel.compression.exits import ExitsConfig, with_exits
 from trilevel.compression.measure import latency_ms, size
 from trilevel.compression.plan import Scan, Stage
 from trilevel.compression.prune import PruneConfig, prune
@@ -101,6 +103,9 @@ def _changed(
         course.progress("quantize: calibration", 0.0)
         made = quantize(model, config, task.calibration, task.forward)
         return made, {"modules": len(targets(model, config)), "skip": list(config.skip), "scan": rows}
+    if isinstance(config, ExitsConfig):
+        cut: Any = with_exits(model, config)
+        return cut, {"after": list(cut.config.exits)}
     return copy.deepcopy(model), {}
 
 
@@ -170,4 +175,10 @@ def _trained(course: Course, stage: Stage, made: nn.Module, folder: Path) -> dic
 
 
 def _of_labels(task: CompressionTask, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-    return task.supervised(task.forward(model, batch), batch)
+    outputs = task.forward(model, batch)
+    parts = task.supervised(outputs, batch)
+    if outputs.exits is not None:
+        each = [task.supervised(replace(outputs, logits=said), batch)["loss"] for said in outputs.exits.unbind(1)]
+        parts["exits"] = torch.stack(each).mean()
+        parts["loss"] = parts["loss"] + parts["exits"]
+    return parts

@@ -98,6 +98,16 @@ class Encoder(nn.Module):
         )
         return hidden
 
+    def embed(self, inputs: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
+        """What the first block reads, (batch, tokens, dim), of the inputs of `forward`."""
+        return self._embed(inputs, self._positions(padding_mask, None), None)
+
+    def run(self, hidden: Tensor, first: int, last: int, *, padding_mask: Tensor | None = None) -> Tensor:
+        """Blocks `first` to before `last`; with the final norm if these are the last ones."""
+        positions = self._positions(padding_mask, None)
+        hidden = self.stack.run(hidden, first, last, padding_mask=padding_mask, positions=positions)
+        return self.stack.final_norm(hidden) if last == len(self.stack.blocks) else hidden
+
     def _positions(self, padding_mask: Tensor | None, segment_ids: Tensor | None) -> Tensor | None:
         """Places that differ from 0, 1, 2, ...; (batch, tokens)."""
         if self.config.positions_skip_padding and padding_mask is not None:

@@ -240,6 +240,20 @@ class BlockStack(nn.Module):
             return hidden  # type: ignore[no-any-return]
         return replace(details, hidden=hidden, explanations=tuple(report or ()))
 
+    def run(
+        self, x: Tensor, first: int, last: int, *, padding_mask: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Blocks `first` to before `last` over `x` (batch, tokens, dim), without the final norm and without focus."""
+        tokens = _Tokens(
+            padding_mask=padding_mask,
+            segment_ids=None,
+            num_segments=None,
+            positions=positions,
+            global_prior=None,
+            global_forced=None,
+        )
+        return _run(self.blocks[first:last], x, tokens, None)
+
     def _fraction(self, given: float | None) -> float:
         if given is not None:
             check_fraction(given, "focus_fraction")

@@ -22,7 +22,7 @@ from trilevel.applications.classification.checkpoint import (
 )
 from trilevel.applications.classification.data import Data, check_classes, check_labels, load_data
 from trilevel.applications.classification.score import logits_of
-from trilevel.compression.distill import Outputs
+from trilevel.compression.distill import Outputs, outputs_of
 from trilevel.compression.written import write_json
 from trilevel.conversion.sequences import pad
 from trilevel.errors import ConfigError, InputError
@@ -89,9 +89,9 @@ class ClassificationTask:
         return self.batches.steps_of(epochs)
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
-        """Logits of the classes."""
+        """Logits of the classes, of inner heads too."""
         padding = batch["padding_mask"]
-        return Outputs(logits=model(batch["input_ids"], padding_mask=padding), padding_mask=padding)
+        return outputs_of(model(batch["input_ids"], padding_mask=padding, return_exits=True), padding_mask=padding)
 
     def supervised(self, outputs: Outputs, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Cross entropy and accuracy."""

@@ -16,6 +16,7 @@ from trilevel.conversion.source import Source
 from trilevel.errors import ConfigError
 from trilevel.model.config import EncoderConfig, from_mapping
 from trilevel.model.encoder import Encoder
+from trilevel.model.exits import check_exits, exit_heads, run_segments
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class ClassifierConfig:
         dropout: before the linear map.
         head_rate: how many times as fast as the encoder the linear map learns. Adam's steps do not depend on the size
             of a gradient, so a map whose output is multiplied by 10 moves 10 times as far.
+        exits: blocks behind which a head of its own answers too, see `run_segments`.
     """
 
     encoder: EncoderConfig
@@ -40,6 +42,7 @@ class ClassifierConfig:
     padding_id: int = 0
     dropout: float = 0.1
     head_rate: float = 10.0
+    exits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -56,11 +59,15 @@ class ClassifierConfig:
             raise ConfigError(
                 f"ClassifierConfig: dropout={self.dropout} must lie in [0, 1) and head_rate={self.head_rate} be > 0."
             )
+        check_exits(self.exits, self.encoder)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON types; `from_dict` gives an equal one back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return values | {"encoder": self.encoder.to_dict(), "labels": list(self.labels)}
+        # older runs have none
+        exits = {"exits": list(self.exits)} if self.exits else {}
+        del values["exits"]
+        return {**values, "encoder": self.encoder.to_dict(), "labels": list(self.labels), **exits}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ClassifierConfig:
@@ -72,6 +79,7 @@ class ClassifierConfig:
         if not isinstance(values.get("encoder"), Mapping) or not isinstance(values.get("labels"), list):
             raise ConfigError("ClassifierConfig: an encoder table and a list of labels are needed.")
         own = {"encoder": EncoderConfig.from_dict(values["encoder"]), "labels": tuple(values["labels"])}
+        own["exits"] = tuple(values.get("exits", ()))
         return from_mapping(cls, dict(values) | own)
 
 
@@ -87,11 +95,24 @@ class Classifier(nn.Module):
         self.head = nn.Linear(config.encoder.dim, len(config.labels))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+        self.exits = exit_heads(config.encoder, config.exits, len(config.labels), config.dropout)
         self._sentence = Sentence(pooling=config.pooling)
 
-    def forward(self, input_ids: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
-        """Map (batch, tokens), padding where `padding_mask` is true, to logits (batch, classes) in float32."""
-        hidden = self.encoder(input_ids, padding_mask=padding_mask)
+    def forward(self, input_ids: Tensor, *, padding_mask: Tensor | None = None, return_exits: bool = False) -> Tensor:
+        """Map (batch, tokens), padding where `padding_mask` is true, to logits (batch, classes) in float32.
+
+        With `return_exits` to the logits of all heads, (batch, segments, classes), the model's own last.
+        """
+        if return_exits:
+            return run_segments(self, self.embed(input_ids, padding_mask), padding_mask)[1]
+        return self.answer(self.encoder(input_ids, padding_mask=padding_mask), padding_mask)
+
+    def embed(self, input_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """What the first block reads, (batch, tokens, dim)."""
+        return self.encoder.embed(input_ids, padding_mask=padding_mask)
+
+    def answer(self, hidden: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Logits (batch, classes) of the encoder's output."""
         vector = pooled(hidden.float(), padding_mask, self._sentence)
         logits: Tensor = self.head(self.dropout(vector))
         return logits.float() * self.config.head_rate

@@ -16,7 +16,7 @@ from trilevel.applications.images.checkpoint import CHECKPOINT_FOLDER, Run, load
 from trilevel.applications.images.objective import check_alike
 from trilevel.applications.images.recipe import data_path
 from trilevel.applications.images.score import logits_of, with_channels
-from trilevel.compression.distill import Outputs
+from trilevel.compression.distill import Outputs, outputs_of
 from trilevel.compression.written import write_json
 from trilevel.data.image_folder import ImageSet, check_images, check_labels, load_images
 from trilevel.data.image_sources import Progress
@@ -71,8 +71,8 @@ class ImageTask:
         return epochs * self.batches.steps_of_epoch
 
     def forward(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Outputs:
-        """Logits of the classes."""
-        return Outputs(logits=model(batch["pixels"]))
+        """Logits of the classes, of inner heads too."""
+        return outputs_of(model(batch["pixels"], return_exits=True))
 
     def supervised(self, outputs: Outputs, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Cross entropy and accuracy."""

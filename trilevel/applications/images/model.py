@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trilevel.errors import ConfigError, ShapeError
 from trilevel.model.config import EncoderConfig, from_mapping
 from trilevel.model.encoder import Encoder
+from trilevel.model.exits import check_exits, exit_heads, run_segments
 from trilevel.model.heads import SequenceHead
 from trilevel.model.patches import PatchEmbedding, Patches
 
@@ -27,6 +28,7 @@ class ImageClassifierConfig:
         mean: of the pixels, from 0 to 255, one for each channel.
         deviation: of the pixels, likewise.
         dropout: before the linear map.
+        exits: blocks behind which a head of its own answers too, see `run_segments`.
     """
 
     encoder: EncoderConfig
@@ -34,6 +36,7 @@ class ImageClassifierConfig:
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
     dropout: float = 0.0
+    exits: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -49,6 +52,7 @@ class ImageClassifierConfig:
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"ImageClassifierConfig: dropout={self.dropout} must lie in [0, 1).")
+        check_exits(self.exits, self.encoder)
 
     @property
     def patches(self) -> Patches:
@@ -60,7 +64,10 @@ class ImageClassifierConfig:
         """The configuration as JSON types; `from_dict` gives an equal one back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         lists = {name: list(values[name]) for name in ("labels", "mean", "deviation")}
-        return values | lists | {"encoder": self.encoder.to_dict()}
+        # older runs have none
+        exits = {"exits": list(self.exits)} if self.exits else {}
+        del values["exits"]
+        return {**values, **lists, **exits, "encoder": self.encoder.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ImageClassifierConfig:
@@ -76,7 +83,7 @@ class ImageClassifierConfig:
             if not isinstance(values.get(name), list):
                 raise ConfigError(f"ImageClassifierConfig: a list {name!r} is needed.")
             own[name] = tuple(values[name])
-        return from_mapping(cls, dict(values) | own)
+        return from_mapping(cls, dict(values) | own | {"exits": tuple(values.get("exits", ()))})
 
 
 _HEAD_STD = 0.02
@@ -101,6 +108,7 @@ class ImageClassifier(nn.Module):
         self.head = SequenceHead(config.encoder.dim, len(config.labels), dropout=config.dropout)
         nn.init.normal_(self.head.logits.weight, std=_HEAD_STD)
         nn.init.zeros_(self.head.logits.bias)
+        self.exits = exit_heads(config.encoder, config.exits, len(config.labels), config.dropout)
         # not saved: they are the configuration's
         for name in ("mean", "deviation"):
             values = torch.tensor(getattr(config, name), dtype=torch.float32)
@@ -109,21 +117,39 @@ class ImageClassifier(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def forward(self, pixels: Tensor, *, return_hidden: bool = False) -> Tensor | Classified:
+    def forward(
+        self, pixels: Tensor, *, return_hidden: bool = False, return_exits: bool = False
+    ) -> Tensor | Classified:
         """Map `pixels` (batch, channels, height, width), 0 to 255, bytes or not, to logits (batch, classes).
 
         With `return_hidden` to `Classified`: the vectors of the tokens before their mean as well, for distillation.
+        With `return_exits` to the logits of all heads, (batch, segments, classes), the model's own last.
 
         Raises:
             ShapeError: another size or number of channels.
         """
+        if return_exits:
+            return run_segments(self, self.embed(pixels))[1]
+        hidden = self.encoder(self.normalized(pixels))
+        logits = self.answer(hidden)
+        return Classified(logits, hidden) if return_hidden else logits
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """What the first block reads, (batch, tokens, dim)."""
+        return self.encoder.embed(self.normalized(pixels))
+
+    def answer(self, hidden: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Logits (batch, classes) of the encoder's output; no patch is padding."""
+        logits: Tensor = self.head(hidden.to(self.mean.dtype), padding_mask=padding_mask)
+        return logits
+
+    def normalized(self, pixels: Tensor) -> Tensor:
+        """Pixels with the mean and deviation of the training images taken out."""
         if pixels.ndim != 4 or pixels.shape[1] != len(self.config.mean):
             raise ShapeError(
                 f"pixels have shape {tuple(pixels.shape)}; (batch, {len(self.config.mean)}, height, width) is needed."
             )
-        hidden = self.encoder((pixels.to(self.mean.dtype) - self.mean) / self.deviation)
-        logits: Tensor = self.head(hidden.to(self.mean.dtype))
-        return Classified(logits, hidden) if return_hidden else logits
+        return (pixels.to(self.mean.dtype) - self.mean) / self.deviation
 
 
 def _init_encoder(encoder: Encoder, patches: Patches) -> None:

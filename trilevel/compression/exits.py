@@ -1,0 +1,54 @@
+"""Early exits for a trained classifier: heads behind inner blocks, to be trained with the rest."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from trilevel.errors import ConfigError
+from trilevel.model.exits import even_exits, exit_heads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExitsConfig:
+    """Where the heads stand.
+
+    Args:
+        segments: how many segments, as even as can be, with a head behind each; the last has the model's own.
+        after: the blocks behind which segments end instead, the last one left out.
+    """
+
+    segments: int = 3
+    after: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if self.segments < 2:
+            raise ConfigError(f"ExitsConfig: segments={self.segments} must be >= 2; a model without exits is one.")
+
+
+def with_exits(model: nn.Module, config: ExitsConfig) -> nn.Module:
+    """A copy of a classifier with untrained heads behind inner blocks; all else is as it was.
+
+    Args:
+        model: float or pruned, with `labels`, `encoder` and `exits` in its configuration.
+        config: where they stand.
+
+    Raises:
+        ConfigError: the model is none that can have exits, has some already, or fewer blocks than segments.
+    """
+    given: Any = getattr(model, "config", None)
+    if not hasattr(given, "exits"):
+        raise ConfigError(f"{type(model).__name__} cannot have exits; image and text classifiers can.")
+    if given.exits:
+        raise ConfigError(f"the model has exits behind its blocks {list(given.exits)}; leave out [exits].")
+    after = even_exits(given.encoder.num_layers, config.segments) if config.after is None else config.after
+    twin: Any = copy.deepcopy(model)
+    twin.config = replace(given, exits=after)
+    weight = next(twin.parameters())
+    twin.exits = exit_heads(given.encoder, after, len(given.labels), given.dropout).to(weight.device, weight.dtype)
+    made: nn.Module = twin.train(model.training)
+    return made
