@@ -6,6 +6,7 @@ Reading needs neither torch nor a tokenizer, so that a device can load an artifa
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,15 @@ PROBE_FILE = "probe.npz"
 TOKENIZER_FILE = "tokenizer.json"
 CARD_FILE = "MODEL_CARD.md"
 REPORT_FILE = "report.json"
+PATHS_FILE = "paths.npz"
+ROUTER_FILE = "router.json"
+CERTIFICATE_FILE = "certificate.json"
+LATENCY_FILE = "latency.json"
+PAGE_FILE = "report.html"
 FILES = {MODEL_FILE, PROBE_FILE, TOKENIZER_FILE, CARD_FILE, REPORT_FILE}
+ROUTING_FILES = {PATHS_FILE, ROUTER_FILE, CERTIFICATE_FILE, LATENCY_FILE, PAGE_FILE}
+"""Of an artifact with paths."""
+_FAMILY = re.compile(r"[a-z][a-z0-9_]*")
 ARTIFACT = Kind("artifact", "trilevel-artifact", 1, MANIFEST_FILE, ArtifactError, is_sealed=True)
 PRECISIONS = ("float32", "int8", "int4")
 TARGETS = ("portable", "cpu")
@@ -32,6 +41,14 @@ class Tensors:
 
     dtype: str
     axes: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """A graph that is a piece of the model: what it takes and gives, by name."""
+
+    inputs: Mapping[str, Tensors]
+    outputs: Mapping[str, Tensors]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +65,8 @@ class Manifest:
         outputs: of the graph, by name.
         settings: what the task needs beside the graph, such as labels and the longest input; JSON types.
         levels: what the heads see, for people.
+        families: of paths, by name: the segments that are run one after another, each a file; none for an artifact with
+            one path, the graph.
     """
 
     task: str
@@ -59,13 +78,30 @@ class Manifest:
     outputs: Mapping[str, Tensors]
     settings: Mapping[str, Any] = field(default_factory=dict)
     levels: Any = None
+    families: Mapping[str, tuple[Segment, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `from_dict` gives an equal manifest back."""
         values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
         for name in ("inputs", "outputs"):
-            values[name] = {key: {"dtype": own.dtype, "axes": list(own.axes)} for key, own in values[name].items()}
+            values[name] = _table(values[name])
+        # older artifacts have none
+        families = values.pop("families")
+        if families:
+            values["families"] = {
+                name: [{"inputs": _table(one.inputs), "outputs": _table(one.outputs)} for one in segments]
+                for name, segments in families.items()
+            }
         return values
+
+    @property
+    def segment_files(self) -> dict[str, tuple[str, int]]:
+        """The family and number of each segment, by its file."""
+        return {
+            segment_file(family, number): (family, number)
+            for family, segments in self.families.items()
+            for number in range(len(segments))
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
@@ -74,6 +110,7 @@ class Manifest:
         Raises:
             ArtifactError: a key is missing or unknown, or a value is of the wrong kind.
         """
+        values = {"families": {}} | dict(values)
         known = {one.name for one in dataclasses.fields(cls)}
         unknown, missing = sorted(set(values) - known), sorted(known - set(values))
         if unknown or missing:
@@ -83,7 +120,12 @@ class Manifest:
         if not is_right or values["precision"] not in PRECISIONS or values["target"] not in (None, *TARGETS):
             raise ArtifactError(f"{MANIFEST_FILE}: a value is of the wrong kind or unknown. {_EXPORT_AGAIN}")
         tensors = {name: _tensors(name, values[name]) for name in ("inputs", "outputs")}
-        return cls(**{**values, **tensors})
+        return cls(**{**values, **tensors, "families": _families(values["families"])})
+
+
+def segment_file(family: str, number: int) -> str:
+    """The name of the file of a segment, numbered from 0."""
+    return f"{family}-{number + 1}.onnx"
 
 
 def labels_of(manifest: Manifest) -> list[str]:
@@ -102,6 +144,29 @@ def labels_of(manifest: Manifest) -> list[str]:
 _EXPORT_AGAIN = "Export the model again (trilevel export)."
 
 
+def _table(tensors: Mapping[str, Tensors]) -> dict[str, Any]:
+    return {key: {"dtype": own.dtype, "axes": list(own.axes)} for key, own in tensors.items()}
+
+
+def _families(values: Any) -> dict[str, tuple[Segment, ...]]:
+    # names become those of files
+    if not isinstance(values, Mapping) or not all(_FAMILY.fullmatch(str(name)) for name in values):
+        raise ArtifactError(f"{MANIFEST_FILE}: families is no table with plain names. {_EXPORT_AGAIN}")
+    found = {}
+    for name, segments in values.items():
+        if not isinstance(segments, list) or not segments:
+            raise ArtifactError(f"{MANIFEST_FILE}: the family {name!r} has no segments. {_EXPORT_AGAIN}")
+        found[name] = tuple(_segment(one, f"segment {number} of {name}") for number, one in enumerate(segments, 1))
+    return found
+
+
+def _segment(values: Any, where: str) -> Segment:
+    if not isinstance(values, Mapping) or set(values) != {"inputs", "outputs"}:
+        raise ArtifactError(f"{MANIFEST_FILE}: {where} has no inputs and outputs. {_EXPORT_AGAIN}")
+    inputs, outputs = (_tensors(f"{where}, {side}", values[side]) for side in ("inputs", "outputs"))
+    return Segment(inputs=inputs, outputs=outputs)
+
+
 def _tensors(name: str, values: Any) -> dict[str, Tensors]:
     if not isinstance(values, Mapping) or not values:
         raise ArtifactError(f"{MANIFEST_FILE}: {name} is no table of tensors. {_EXPORT_AGAIN}")
@@ -117,11 +182,25 @@ def _tensors(name: str, values: Any) -> dict[str, Tensors]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """An artifact that was read: where it is, what it says, and which files are in it."""
+    """An artifact that was read: where it is, what it says, which files are in it, and the graph that runtimes open."""
 
     path: Path
     manifest: Manifest
     hashes: Mapping[str, str]
+    graph: str = MODEL_FILE
+
+    def segment(self, family: str, number: int) -> Artifact:
+        """The artifact with a segment, numbered from 0, in place of its graph.
+
+        Raises:
+            ArtifactError: there is none.
+        """
+        segments = self.manifest.families.get(family, ())
+        if not 0 <= number < len(segments):
+            known = ", ".join(f"{name} with {len(own)}" for name, own in self.manifest.families.items()) or "none"
+            raise ArtifactError(f"{self.path} has no segment {number + 1} of {family!r}; its families are: {known}.")
+        own = dataclasses.replace(self.manifest, inputs=segments[number].inputs, outputs=segments[number].outputs)
+        return dataclasses.replace(self, manifest=own, graph=segment_file(family, number))
 
     def file(self, name: str) -> Path:
         """The path of a file, after its hash has been compared.
@@ -155,7 +234,7 @@ def write_artifact(folder: str | Path, manifest: Manifest, files: Mapping[str, C
     """
     where = Path(folder)
     check_free(where)
-    assert set(files) <= FILES
+    assert set(files) <= FILES | (ROUTING_FILES if manifest.families else set()) | set(manifest.segment_files)
     write_folder(where, files, manifest.to_dict(), ARTIFACT)
     return read_artifact(where)
 
@@ -177,9 +256,11 @@ def read_artifact(folder: str | Path) -> Artifact:
     if found is None:
         raise ArtifactError(f"there is no artifact at {folder}. Make one with trilevel export.")
     raw = read_manifest(found, ARTIFACT)
-    check_names(found, raw, FILES, ARTIFACT)
-    artifact = Artifact(path=found, manifest=Manifest.from_dict(raw["config"]), hashes=raw["files"])
-    for name in (MODEL_FILE, PROBE_FILE):
+    manifest = Manifest.from_dict(raw["config"])
+    segments = set(manifest.segment_files)
+    check_names(found, raw, FILES | (ROUTING_FILES | segments if segments else set()), ARTIFACT)
+    artifact = Artifact(path=found, manifest=manifest, hashes=raw["files"])
+    for name in (MODEL_FILE, PROBE_FILE, *sorted(segments)):
         if name not in artifact.hashes:
             raise ArtifactError(f"{found / MANIFEST_FILE} lists no {name}. {_EXPORT_AGAIN}")
     for name in artifact.hashes:

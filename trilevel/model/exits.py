@@ -82,6 +82,10 @@ class Segmented(Protocol):
     encoder: Encoder
     exits: nn.ModuleList
 
+    def embed(self, inputs: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """What the first block reads, (batch, tokens, dim)."""
+        ...
+
     def answer(self, hidden: Tensor, padding_mask: Tensor | None) -> Tensor:
         """Logits (batch, classes) of the encoder's output."""
         ...

@@ -134,12 +134,12 @@ class ImageClassifier(nn.Module):
         logits = self.answer(hidden)
         return Classified(logits, hidden) if return_hidden else logits
 
-    def embed(self, pixels: Tensor) -> Tensor:
-        """What the first block reads, (batch, tokens, dim)."""
+    def embed(self, pixels: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """What the first block reads, (batch, tokens, dim); no patch is padding."""
         return self.encoder.embed(self.normalized(pixels))
 
     def answer(self, hidden: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """Logits (batch, classes) of the encoder's output; no patch is padding."""
+        """Logits (batch, classes) of the encoder's output."""
         logits: Tensor = self.head(hidden.to(self.mean.dtype), padding_mask=padding_mask)
         return logits
 

@@ -54,7 +54,7 @@ class Graph:
         name: of the model, for people.
         module: takes the arrays of a call in their order and returns one tensor.
         calls: inputs by name, of several sizes; what the module makes of them are the probes. The graph is traced with
-            the first, whose varying axes must be above 1.
+            the largest of two rows or more, whose other varying axes must be above 1 too.
         axes: see `export_onnx`.
         output: name of what the module returns.
         settings: what the task needs beside the graph, JSON types.
@@ -152,7 +152,8 @@ def _probe(graph: Graph, call: Mapping[str, Tensor]) -> Probe:
 
 def _draft(graph: Graph, folder: Path, probes: Sequence[Probe], precision: str, target: str) -> Artifact:
     """What runtimes can open already, in a folder that goes away."""
-    inputs, outputs = export_onnx(graph.module, graph.calls[0], graph.axes, folder / MODEL_FILE, output=graph.output)
+    example = _example(graph.calls)
+    inputs, outputs = export_onnx(graph.module, example, graph.axes, folder / MODEL_FILE, output=graph.output)
     write_probes(probes, folder / PROBE_FILE)
     manifest = Manifest(
         task=graph.task,
@@ -167,6 +168,11 @@ def _draft(graph: Graph, folder: Path, probes: Sequence[Probe], precision: str, 
     )
     hashes = {name: sha256_of(folder / name) for name in (MODEL_FILE, PROBE_FILE)}
     return Artifact(path=folder, manifest=manifest, hashes=hashes)
+
+
+def _example(calls: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """What to trace with: a graph traced on rows that fill no second block or region takes no longer ones."""
+    return max(calls, key=lambda call: min((min(len(given), 2), given.numel()) for given in call.values()))
 
 
 def _require_answers(checked: Sequence[Checked]) -> None:

@@ -65,16 +65,21 @@ def _check_layer(name: str, layer: MultiLevelAttention) -> None:
 
 
 def export_onnx(
-    module: nn.Module, inputs: Mapping[str, Tensor], axes: Mapping[str, Sequence[int | str]], path: Path, *, output: str
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    axes: Mapping[str, Sequence[int | str]],
+    path: Path,
+    *,
+    output: str | Sequence[str],
 ) -> tuple[dict[str, Tensors], dict[str, Tensors]]:
     """Write `module` to `path`; weights that are stored as integers stay integers.
 
     Args:
-        module: takes `inputs` in their order and returns one tensor.
+        module: takes `inputs` in their order and returns one tensor, or a tuple of several.
         inputs: an example; axes that vary must have a size above 1.
-        axes: names of the axes that vary and sizes of the others, for every input and for `output`.
+        axes: names of the axes that vary and sizes of the others, for every input and output.
         path: of the file.
-        output: name of what the module returns.
+        output: name of what the module returns; names of several.
 
     Returns:
         Inputs and outputs as the manifest lists them.
@@ -85,7 +90,7 @@ def export_onnx(
     """
     require("onnx", extra="export")
     require("onnxscript", extra="export")
-    names = list(inputs)
+    names, outputs = list(inputs), [output] if isinstance(output, str) else list(output)
     shapes = tuple(
         {place: _DYNAMIC for place, axis in enumerate(axes[name]) if isinstance(axis, str)} for name in names
     )
@@ -98,7 +103,7 @@ def export_onnx(
             opset_version=OPSET,
             dynamic_shapes=shapes,
             input_names=names,
-            output_names=[output],
+            output_names=outputs,
             custom_translation_table=translation_table(),
             verbose=False,
             optimize=False,
@@ -113,7 +118,8 @@ def export_onnx(
     # one file: whoever copies it has all of it
     program.save(str(path), external_data=False)
     given = {name: _tensors(inputs[name], axes[name]) for name in names}
-    return given, {output: _tensors(found, axes[output])}
+    made = [found] if isinstance(found, Tensor) else found
+    return given, {name: _tensors(tensor, axes[name]) for name, tensor in zip(outputs, made, strict=True)}
 
 
 def optimize(model: Any) -> None:

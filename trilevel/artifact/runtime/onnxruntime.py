@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from trilevel.artifact.manifest import MODEL_FILE, Artifact
+from trilevel.artifact.manifest import Artifact
 from trilevel.artifact.probe import Arrays
 from trilevel.artifact.runtime.predictor import Precision, check_inputs
 from trilevel.errors import ArtifactError, require
@@ -40,7 +40,7 @@ class OnnxRuntime:
     def __init__(self, artifact: Artifact, *, threads: int | None = None) -> None:
         self._ort = require("onnxruntime", extra="onnxruntime")
         self.version: str = self._ort.__version__
-        self._inputs, self._path = artifact.manifest.inputs, artifact.file(MODEL_FILE)
+        self._inputs, self._path = artifact.manifest.inputs, artifact.file(artifact.graph)
         self._threads = threads
         self._outputs = list(artifact.manifest.outputs)
         self._session = self._open()

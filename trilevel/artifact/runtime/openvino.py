@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from trilevel.artifact.manifest import MODEL_FILE, Artifact
+from trilevel.artifact.manifest import Artifact
 from trilevel.artifact.probe import Arrays
 from trilevel.artifact.runtime.predictor import Precision, check_inputs
 from trilevel.errors import ArtifactError, require
@@ -91,7 +91,7 @@ class OpenVino:
         options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": _HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = threads
-        path = artifact.file(MODEL_FILE) if path is None else path
+        path = artifact.file(artifact.graph) if path is None else path
         try:
             self._model = openvino_core().compile_model(read_graph(path), "CPU", options)
         except RuntimeError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
-from trilevel.artifact.manifest import MODEL_FILE, Artifact
+from trilevel.artifact.manifest import Artifact
 from trilevel.artifact.probe import Arrays
 from trilevel.artifact.runtime.predictor import Precision, check_inputs
 from trilevel.errors import ArtifactError, require
@@ -44,7 +44,7 @@ class Torch:
 
         self.version: str = self._torch.__version__
         self._manifest, self._threads = artifact.manifest, threads
-        path = artifact.file(MODEL_FILE)
+        path = artifact.file(artifact.graph)
         try:
             graph = onnx.load(str(path)).graph
             self._weights = {one.name: self._tensor(onnx.numpy_helper.to_array(one)) for one in graph.initializer}

@@ -206,6 +206,7 @@ OPERATORS: dict[str, Callable[..., Made]] = {
     "MatMulNBits": _matmul_4bit,
     "Max": lambda *parts: reduce(torch.maximum, parts),
     "Min": lambda *parts: reduce(torch.minimum, parts),
+    "Mod": lambda x, y, fmod=0: torch.fmod(x, y) if fmod else torch.remainder(x, y),
     "Mul": torch.mul,
     "Neg": torch.neg,
     "Not": torch.logical_not,

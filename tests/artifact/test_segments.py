@@ -1,0 +1,216 @@
+"""Segments one after another give what the model gives, in every runtime, from files that store no weight twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from trilevel.applications.classification.model import Classifier, ClassifierConfig, Masked
+from trilevel.applications.images.model import ImageClassifier, ImageClassifierConfig
+from trilevel.artifact.export.onnx import export_onnx
+from trilevel.artifact.export.segments import export_segments, segment_probes
+from trilevel.artifact.manifest import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    PROBE_FILE,
+    Artifact,
+    Manifest,
+    read_artifact,
+    segment_file,
+    write_artifact,
+)
+from trilevel.artifact.probe import write_probes
+from trilevel.artifact.runtime.predictor import Runtime, load_predictor
+from trilevel.attention.levels import LevelRatio, Levels
+from trilevel.compression.quantize import QuantizeConfig, freeze, quantize
+from trilevel.errors import ArtifactError
+from trilevel.model.config import EncoderConfig
+from trilevel.model.patches import Patches
+
+LEVELS = Levels(ratio=LevelRatio(1, 1, 1), window=17, region_size=8, num_global_tokens=5)
+TEXT_AXES = {
+    "input_ids": ("batch", "tokens"),
+    "attention_mask": ("batch", "tokens"),
+    "hidden": ("batch", "tokens", 24),
+    "logits": ("batch", 5),
+}
+IMAGE_AXES = {"pixels": ("batch", 3, 12, 20), "hidden": ("batch", 60, 24), "logits": ("batch", 5)}
+
+
+def text_model() -> Any:
+    torch.manual_seed(7)
+    encoder = EncoderConfig(vocab_size=53, dim=24, num_heads=3, num_layers=2, levels=LEVELS, max_tokens=256)
+    labels = ("a", "b", "c", "d", "e")
+    model = Classifier(ClassifierConfig(encoder=encoder, labels=labels, max_tokens=256, exits=(1,))).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+    return model
+
+
+def image_model() -> Any:
+    torch.manual_seed(11)
+    patches = Patches(image_size=(12, 20), patch_size=(2, 2), num_channels=3, num_extra_tokens=0)
+    encoder = EncoderConfig(
+        vocab_size=None, dim=24, num_heads=3, num_layers=2, levels=LEVELS, rope_theta=None, patches=patches
+    )
+    labels, mean, deviation = ("a", "b", "c", "d", "e"), (100.0, 110.0, 120.0), (50.0, 60.0, 70.0)
+    config = ImageClassifierConfig(encoder=encoder, labels=labels, mean=mean, deviation=deviation, exits=(1,))
+    return ImageClassifier(config).eval()
+
+
+def texts(batch: int, tokens: int) -> dict[str, torch.Tensor]:
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    mask[-1, max(1, tokens * 3 // 4) :] = 0
+    return {"input_ids": torch.randint(1, 53, (batch, tokens)), "attention_mask": mask}
+
+
+def images(batch: int) -> dict[str, torch.Tensor]:
+    return {"pixels": torch.randint(0, 256, (batch, 3, 12, 20), dtype=torch.uint8)}
+
+
+def write(folder: Path, model: Any, calls: list[dict[str, torch.Tensor]], axes: Any, family: str) -> Artifact:
+    """An artifact whose one family is the model's segments, beside the whole graph."""
+    where = folder.with_name(f"{folder.name}-files")
+    where.mkdir(parents=True)
+    whole = Masked(model).eval() if "attention_mask" in axes else model
+    inputs, outputs = export_onnx(whole, calls[0], axes, where / MODEL_FILE, output="logits")
+    segments = export_segments(model, family, calls[0], axes, where)
+    manifest = Manifest(
+        task="classification",
+        name="exits",
+        trilevel="0",
+        precision="float32",
+        target=None,
+        inputs=inputs,
+        outputs=outputs,
+        families={family: segments},
+    )
+    files: dict[str, Any] = {MODEL_FILE: partial(copy, where / MODEL_FILE)}
+    files |= {name: partial(copy, where / name) for name in manifest.segment_files}
+    probes = [dataclasses.replace(one, outputs={"logits": one.outputs["logits"][:, -1]})
+              for one in segment_probes(model, calls)]  # fmt: skip
+    files[PROBE_FILE] = lambda path: write_probes(probes, path)
+    return write_artifact(folder, manifest, files)
+
+
+def copy(source: Path, path: Path) -> None:
+    path.write_bytes(source.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def of_images(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return write(tmp_path_factory.mktemp("segments") / "images", image_model(), [images(2)], IMAGE_AXES, "float32")
+
+
+@pytest.fixture(scope="module")
+def of_text(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    calls = [texts(2, 53), texts(3, 7)]
+    return write(tmp_path_factory.mktemp("segments") / "text", text_model(), calls, TEXT_AXES, "float32")
+
+
+@pytest.mark.parametrize("runtime", get_args(Runtime))
+def test_segments_of_an_image_classifier_are_the_model(of_images: Artifact, runtime: Runtime) -> None:
+    check_chain(of_images, image_model(), [images(1), images(5)], runtime)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", get_args(Runtime))
+def test_segments_of_a_text_classifier_are_the_model(of_text: Artifact, runtime: Runtime) -> None:
+    check_chain(of_text, text_model(), [texts(1, 1), texts(3, 131), texts(2, 64)], runtime)
+
+
+def check_chain(artifact: Artifact, model: Any, calls: list[dict[str, torch.Tensor]], runtime: Runtime) -> None:
+    segments = len(artifact.manifest.families["float32"])
+    opened = [load_predictor(artifact.segment("float32", number), runtime, threads=1) for number in range(segments)]
+    for probe in segment_probes(model, calls):
+        given = dict(probe.inputs)
+        for number, predictor in enumerate(opened):
+            found = predictor.run(given)
+            np.testing.assert_allclose(
+                found["logits"], np.asarray(probe.outputs["logits"], np.float32)[:, number], atol=2e-5
+            )
+            given = {name: array for name, array in given.items() if name == "attention_mask"}
+            given["hidden"] = found.get("hidden", found["logits"])
+
+
+def test_no_weight_is_stored_twice(of_images: Artifact) -> None:
+    files = [of_images.file(segment_file("float32", number)) for number in range(2)]
+    bytes_of = [
+        sum(len(one.raw_data) for one in onnx.load(path).graph.initializer)
+        for path in (*files, of_images.file(MODEL_FILE))
+    ]
+    head = 4 * (24 * 5 + 5 + 2 * 24)
+    assert abs(bytes_of[0] + bytes_of[1] - head - bytes_of[2]) < 5_000
+
+
+@pytest.mark.slow
+def test_int8_segments_answer_as_the_rounded_model(tmp_path: Path) -> None:
+    model = text_model()
+    rounded = freeze(
+        quantize(
+            model,
+            QuantizeConfig(),
+            [texts(2, 53), texts(3, 17)],
+            lambda own, call: own(call["input_ids"], padding_mask=call["attention_mask"] == 0, return_exits=True),
+        )
+    )
+    artifact = write(tmp_path / "int8", rounded.eval(), [texts(2, 53)], TEXT_AXES, "int8")
+    opened = [load_predictor(artifact.segment("int8", number), "onnxruntime", threads=1) for number in range(2)]
+    (probe,) = segment_probes(rounded, [texts(2, 61)])  # type: ignore[arg-type]
+    given = dict(probe.inputs)
+    for number, predictor in enumerate(opened):
+        assert any("Integer" in kind or kind.startswith("QLinear") for kind in predictor.kernels().values())
+        found, wanted = predictor.run(given), probe.outputs["logits"][:, number]
+        assert np.abs(found["logits"] - wanted).max() <= 2e-2 * np.abs(wanted).max()
+        given = {"hidden": found.get("hidden", found["logits"]), "attention_mask": probe.inputs["attention_mask"]}
+
+
+# error messages
+
+
+def test_a_segment_that_is_not_there(of_images: Artifact) -> None:
+    with pytest.raises(ArtifactError, match=r"has no segment 3 of 'float32'; its families are: float32 with 2"):
+        of_images.segment("float32", 2)
+    with pytest.raises(ArtifactError, match=r"has no segment 1 of 'int8'"):
+        of_images.segment("int8", 0)
+
+
+@pytest.mark.parametrize(
+    ("families", "words"),
+    [
+        ([], "families is no table with plain names"),
+        ({"../up": []}, "families is no table with plain names"),
+        ({"int8": []}, "the family 'int8' has no segments"),
+        ({"int8": [{"inputs": {}}]}, "segment 1 of int8 has no inputs and outputs"),
+        ({"int8": [{"inputs": {}, "outputs": {}}]}, "segment 1 of int8, inputs is no table of tensors"),
+    ],
+)
+def test_families_that_are_none(of_images: Artifact, families: Any, words: str) -> None:
+    values = json.loads((of_images.path / MANIFEST_FILE).read_text())["config"]
+    with pytest.raises(ArtifactError, match=words):
+        Manifest.from_dict(values | {"families": families})
+
+
+def test_a_segment_file_that_is_missing_or_changed(of_images: Artifact, tmp_path: Path) -> None:
+    source = of_images.path
+    for change in ("missing", "changed"):
+        folder = tmp_path / change
+        folder.mkdir()
+        for path in source.iterdir():
+            copy(path, folder / path.name)
+        path = folder / segment_file("float32", 1)
+        if change == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+        with pytest.raises(ArtifactError, match=r"float32-2\.onnx"):
+            read_artifact(folder)
