@@ -235,6 +235,28 @@ def test_small_tables_scores_and_skipped_modules_stay_float() -> None:
     assert list(targets(model, QuantizeConfig(skip=("head.1",), quantize_embeddings=False))) == ["head.0", "headless"]
 
 
+def test_float_inputs_are_rounded_in_their_weights_alone() -> None:
+    model = encoder()
+    rounded = quantize(model, QuantizeConfig(float_inputs=("stack.blocks.0.ffn",)), batches())
+    reads = {
+        name: part.reads.input_scale is not None
+        for name, part in rounded.named_modules()
+        if isinstance(part, QuantizedLinear)
+    }
+    assert {name for name, is_rounded in reads.items() if not is_rounded} == {
+        "stack.blocks.0.ffn.up",
+        "stack.blocks.0.ffn.down",
+    }
+    part: Any = rounded.get_submodule("stack.blocks.0.ffn.up")
+    own: Any = model.get_submodule("stack.blocks.0.ffn.up")
+    x = torch.randn(7, own.weight.shape[1])
+    step = part.weight_scale.max()
+    assert (part.rounded_weight() - own.weight).abs().max() <= 0.51 * step
+    torch.testing.assert_close(part(x), torch.nn.functional.linear(x, part.rounded_weight(), own.bias))
+    given = batches()[0]
+    torch.testing.assert_close(freeze(rounded)(given), rounded(given))
+
+
 def test_positions_of_patches_are_rounded_and_few_extra_tokens_are_not() -> None:
     from trilevel.model.patches import Patches
 
@@ -364,6 +386,8 @@ def test_errors_say_what_is_needed() -> None:
         QuantizeConfig(percentile=10)
     with pytest.raises(ConfigError, match=r"skip names 'stack\.heads', which the model has not"):
         quantize(model, QuantizeConfig(skip=("stack.heads",)), data)
+    with pytest.raises(ConfigError, match=r"float_inputs names 'ffn', which the model has not"):
+        quantize(model, QuantizeConfig(float_inputs=("ffn",)), data)
     with pytest.raises(ConfigError, match="no calibration batches were given"):
         quantize(model, QuantizeConfig())
     with pytest.raises(ConfigError, match=r"an iterator was given\. Give a list"):

@@ -14,8 +14,10 @@ from trilevel.artifact.check import check_runtimes, default_runtime
 from trilevel.artifact.manifest import Artifact, Manifest, check_free, read_artifact, write_artifact
 from trilevel.artifact.runtime.predictor import Precision, Predictor, Runtime, load_predictor
 from trilevel.artifact.verify import Parity, check_probes
-from trilevel.errors import ArtifactError, TrilevelError
+from trilevel.errors import ArtifactError, ConfigError, TrilevelError
 
+SHIPPED = "documents"
+"""The name of the summariser that ships, where a model is asked for."""
 # the module of a task, what exports and what predicts
 _PARTS = {
     "images": ("trilevel.applications.images.artifact", "export_images", "ImagePredictor"),
@@ -112,15 +114,18 @@ def export(
     out: str | Path,
     *,
     target: str = "portable",
+    backbone: str | None = None,
     runtimes: Sequence[Runtime] = (),
     tell: Callable[[str], None] = lambda _what: None,
 ) -> Artifact:
     """Write the model of a folder as an artifact.
 
     Args:
-        source: a folder that `trilevel train`, `convert` or `compress` wrote, or what `load_source` takes.
+        source: a folder that `trilevel train`, `convert` or `compress` wrote, what `load_source` takes, or `documents`:
+            the summariser that ships, in INT8.
         out: folder; an artifact there is replaced when the new one is whole.
         target: `portable`, which every runtime takes, or `cpu`, for unsigned activations as well.
+        backbone: of that summariser, `scratch` (None as well) or `minilm`, which is made once and kept in the cache.
         runtimes: that must give torch's answers; without, one that is installed must.
         tell: told what is being done.
 
@@ -131,6 +136,8 @@ def export(
     from trilevel.applications.kinds import model_kind
 
     check_free(Path(out))
+    if backbone is not None or (str(source) == SHIPPED and not Path(SHIPPED).exists()):
+        return _export_shipped(source, out, target, backbone or "scratch", runtimes, tell)
     module, name, _ = _PARTS[model_kind(source)]
     export_task = getattr(importlib.import_module(module), name)
     if not runtimes:
@@ -138,12 +145,37 @@ def export(
         return artifact
     with tempfile.TemporaryDirectory(prefix="trilevel-export-") as folder:
         draft: Artifact = export_task(source, Path(folder) / "artifact", target=target, tell=tell)
-        wrong = [one for one in check_runtimes(draft, runtimes, tell=tell) if not one.holds]
-        if wrong:
-            said = "; ".join(f"{one.runtime}: {one.said}" for one in wrong)
-            raise ArtifactError(f"{out} was not written, as the answers are not torch's: {said}.")
-        files = {name: partial(shutil.copyfile, draft.file(name)) for name in draft.hashes}
-        return write_artifact(out, draft.manifest, files)
+        return _copy_checked(draft, out, runtimes, tell)
+
+
+def _export_shipped(
+    source: str | Path,
+    out: str | Path,
+    target: str,
+    backbone: str,
+    runtimes: Sequence[Runtime],
+    tell: Callable[[str], None],
+) -> Artifact:
+    if str(source) != SHIPPED or target != "portable":
+        raise ConfigError(
+            f"--backbone is of the summariser that ships, which is portable: trilevel export {SHIPPED} OUT --backbone "
+            f"{backbone}; {source} with target={target!r} was given."
+        )
+    from trilevel.applications.documents.export import shipped_artifact
+
+    return _copy_checked(shipped_artifact(backbone, tell), out, runtimes, tell)
+
+
+def _copy_checked(
+    draft: Artifact, out: str | Path, runtimes: Sequence[Runtime], tell: Callable[[str], None]
+) -> Artifact:
+    """Copy an artifact, if each of the runtimes gives torch's answers."""
+    wrong = [one for one in check_runtimes(draft, runtimes, tell=tell) if not one.holds]
+    if wrong:
+        said = "; ".join(f"{one.runtime}: {one.said}" for one in wrong)
+        raise ArtifactError(f"{out} was not written, as the answers are not torch's: {said}.")
+    files = {name: partial(shutil.copyfile, draft.file(name)) for name in draft.hashes}
+    return write_artifact(out, draft.manifest, files)
 
 
 def _parts(manifest: Manifest) -> tuple[str, str, str]:

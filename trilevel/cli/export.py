@@ -16,6 +16,13 @@ class Target(enum.StrEnum):
     cpu = "cpu"
 
 
+class Backbone(enum.StrEnum):
+    """What the summariser that ships reads text with."""
+
+    scratch = "scratch"
+    minilm = "minilm"
+
+
 class RuntimeName(enum.StrEnum):
     """What computes."""
 
@@ -27,12 +34,19 @@ class RuntimeName(enum.StrEnum):
 def export(
     checkpoint: Annotated[
         str,
-        typer.Argument(help="Folder of `trilevel train`, `convert`, `compress`, or the name of a pretrained encoder."),
+        typer.Argument(
+            help="Folder of `trilevel train`, `convert`, `compress`; the name of a pretrained encoder; or `documents`, "
+            "the summariser that ships."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder to write; an artifact there is replaced when this one is whole.")],
     target: Annotated[
         Target, typer.Option(help="portable: every runtime; cpu: unsigned activations as well.")
     ] = Target.portable,
+    backbone: Annotated[
+        Backbone | None,
+        typer.Option(help="Of that summariser: scratch, or minilm, made of MiniLM on this machine, once."),
+    ] = None,
     runtime_check: Annotated[
         list[RuntimeName] | None,
         typer.Option(help="Write nothing unless this runtime answers as torch does; may be given again."),
@@ -52,6 +66,7 @@ def export(
         checkpoint,
         out,
         target=target.value,
+        backbone=None if backbone is None else backbone.value,
         runtimes=[name.value for name in runtime_check or []],
         tell=lambda what: typer.echo(f"{what} ...", err=True),
     )

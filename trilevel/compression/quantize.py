@@ -52,6 +52,7 @@ class QuantizeConfig:
         smooth: alpha of SmoothQuant, 0 to 1; None for none. Nothing to smooth with `activations=None`.
         learned_ranges: scales of inputs and weights are parameters for the training that follows; else they stay.
         skip: names of modules that stay float, with everything in them.
+        float_inputs: names of modules whose weights alone are rounded, in everything in them.
 
     Raises:
         ConfigError: a value is unknown or contradicts another.
@@ -67,6 +68,7 @@ class QuantizeConfig:
     smooth: float | None = 0.85
     learned_ranges: bool = False
     skip: tuple[str, ...] = ()
+    float_inputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.activations is not None and self.activations not in get_args(Grid):
@@ -126,7 +128,11 @@ def prepare(model: nn.Module, config: QuantizeConfig, batches: Iterable[Any] = (
     """All that `quantize` does but putting the modules in their places."""
     draft = copy.deepcopy(model)
     chosen = targets(draft, config)
-    linears = {name: part for name, part in chosen.items() if isinstance(part, nn.Linear)}
+    linears = {
+        name: part
+        for name, part in chosen.items()
+        if isinstance(part, nn.Linear) and not _is_within(name, config.float_inputs)
+    }
     multipliers: dict[nn.Linear, Tensor] = {}
     ranges: dict[str, tuple[float, float]] = {}
     if config.activations is not None and linears:
@@ -147,7 +153,7 @@ def prepare(model: nn.Module, config: QuantizeConfig, batches: Iterable[Any] = (
             part,
             bits=config.weight_bits,
             group_size=config.group_size,
-            reads=None if config.activations is None else _grid(config.activations, ranges[name]),
+            reads=_grid(config.activations, ranges[name]) if config.activations and name in ranges else None,
             multiplier=multipliers.get(part),
             is_learned=config.learned_ranges,
         )
@@ -162,20 +168,20 @@ def targets(model: nn.Module, config: QuantizeConfig) -> dict[str, nn.Linear | n
     """The modules that `quantize` replaces, by name, in order.
 
     Raises:
-        ConfigError: the model is quantized already, or `config.skip` names nothing.
+        ConfigError: the model is quantized already, or `config.skip` or `config.float_inputs` names nothing.
     """
     names = {name for name, _ in model.named_modules()}
-    for name in config.skip:
-        if name not in names:
-            raise ConfigError(
-                f"skip names {name!r}, which the model has not; its modules are those of named_modules()."
-            )
+    for option, given in {"skip": config.skip, "float_inputs": config.float_inputs}.items():
+        for name in given:
+            if name not in names:
+                raise ConfigError(
+                    f"{option} names {name!r}, which the model has not; its modules are those of named_modules()."
+                )
     chosen: dict[str, nn.Linear | nn.Embedding] = {}
     for name, part in model.named_modules():
         if isinstance(part, _QUANTIZED):
             raise ConfigError(f"{name or 'the model'} is quantized already. Give the float model.")
-        is_skipped = any(name == skipped or name.startswith(f"{skipped}.") for skipped in config.skip)
-        if is_skipped or FLOAT_PARTS & set(name.split(".")):
+        if _is_within(name, config.skip) or FLOAT_PARTS & set(name.split(".")):
             continue
         # subclasses compute something else
         if type(part) is nn.Linear:
@@ -184,6 +190,10 @@ def targets(model: nn.Module, config: QuantizeConfig) -> dict[str, nn.Linear | n
         elif type(part) is nn.Embedding and config.quantize_embeddings and _is_plain(part):
             chosen[name] = part
     return chosen
+
+
+def _is_within(name: str, others: tuple[str, ...]) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in others)
 
 
 def _is_plain(table: nn.Embedding) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from trilevel.applications.documents import export as exporting
 from trilevel.applications.documents.artifact import INT8, DocumentPredictor, export_documents, graph_inputs
 from trilevel.applications.documents.builtin import builtin_document, builtin_pieces
 from trilevel.applications.documents.checkpoint import CHECKPOINT_FOLDER, MINILM, PRETRAINED, load_run
@@ -26,6 +29,7 @@ from trilevel.artifact.export.onnx import exportable
 from trilevel.artifact.manifest import Artifact, read_artifact
 from trilevel.artifact.runtime.predictor import Runtime, load_predictor
 from trilevel.artifact.verify import check_probes, integer_kernels
+from trilevel.cli.main import app
 from trilevel.data.documents import Document, read_file
 from trilevel.errors import ConfigError, InputError
 from trilevel.model.checkpoint import MODEL_FILE
@@ -155,20 +159,39 @@ sys.exit("torch" in sys.modules)
 PIECES = builtin_pieces()[:7]
 
 
-def test_a_model_on_a_pretrained_encoder_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trilevel.applications.documents import export
+def test_the_one_on_minilm_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRILEVEL_CACHE", str(tmp_path / "cache"))
+    made: list[Any] = []
 
-    model = DocumentModel(load_config(MINILM))
-    monkeypatch.setattr(export, "load_run", lambda _folder: (model, None))
-    with pytest.raises(ConfigError, match="stands on a pretrained encoder"):
-        export_documents(MINILM, tmp_path / "out")
+    def export(source: Any, out: Path, **_: Any) -> Artifact:
+        made.append(source)
+        return read_artifact(shutil.copytree(INT8, out))
+
+    monkeypatch.setattr(exporting, "export", export)
+    options = ["export", "documents", str(tmp_path / "out"), "--backbone", "minilm"]
+    for _ in range(2):
+        done = CliRunner().invoke(app, options)
+        assert done.exit_code == 0, done.output
+    assert made == [MINILM]
+    assert read_artifact(tmp_path / "out").hashes == read_artifact(INT8).hashes
+    # one that is damaged is made again
+    (kept,) = (tmp_path / "cache" / "artifacts").iterdir()
+    (kept / "model.onnx").write_bytes(b"")
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, done.output
+    assert "is damaged and made again" in done.stderr
+    assert made == [MINILM, MINILM]
 
 
-def load_config(folder: Path) -> Any:
-    from trilevel.applications.documents.model import DocumentConfig
-    from trilevel.model.checkpoint import read_config
-
-    return DocumentConfig.from_dict(read_config(folder / CHECKPOINT_FOLDER))
+def test_the_shipped_artifact_is_exported_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["export", "documents", "out", "--runtime-check", RUNTIMES[0], "--json"])
+    assert done.exit_code == 0, done.output
+    assert read_artifact("out").hashes == read_artifact(INT8).hashes
+    for wrong in (["export", "run", "out", "--backbone", "minilm"], ["export", "documents", "out", "--target", "cpu"]):
+        done = CliRunner().invoke(app, wrong)
+        assert done.exit_code == 2
+        assert "the summariser that ships, which is portable" in " ".join(done.stderr.split())
 
 
 def test_no_documents_to_calibrate_on(tmp_path: Path) -> None:

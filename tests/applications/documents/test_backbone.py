@@ -18,17 +18,23 @@ from typer.testing import CliRunner
 from tests.applications.documents.conftest import TEXT
 from tests.applications.documents.tiny_encoder import save_pretrained, save_small_converted
 from trilevel.applications.documents import evaluate as evaluation
+from trilevel.applications.documents import export as exporting
+from trilevel.applications.documents.artifact import DocumentPredictor, export_documents, graph_inputs
 from trilevel.applications.documents.backbone import Backbone, StoredVectors, backbone_of, unit_vectors
-from trilevel.applications.documents.checkpoint import load_model, load_run, ship_run
+from trilevel.applications.documents.checkpoint import load_model, load_run, save_run, ship_run
 from trilevel.applications.documents.data import cache_dir, collate
 from trilevel.applications.documents.demo import run_demo
 from trilevel.applications.documents.encoded import Encoded, encode
+from trilevel.applications.documents.graph import ScoringGraph
 from trilevel.applications.documents.model import TOKEN_LEVELS, DocumentConfig, DocumentModel, default_config
 from trilevel.applications.documents.pretrained_encoder import load_pretrained
 from trilevel.applications.documents.recipe import MINILM_RECIPE, BackboneSize, Recipe, load_recipe, train
 from trilevel.applications.documents.summarize import score_units, summarize
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.applications.documents.units import split_units
+from trilevel.artifact.export.onnx import exportable
+from trilevel.artifact.runtime.predictor import load_predictor
+from trilevel.artifact.verify import check_probes
 from trilevel.cli.main import app
 from trilevel.conversion.delta import save_delta_of
 from trilevel.conversion.load import load_encoder
@@ -162,6 +168,35 @@ def test_vectors_that_are_no_numbers(source: Source, backbone: Backbone, encoded
     torch.nn.init.constant_(norms[-1], 1e6)
     with pytest.raises(InputError, match="beyond 65,504"):
         StoredVectors(source.encoder, backbone).add(encoded)
+
+
+@pytest.mark.parametrize("lengths", [(400,), (1,), (61, 400, 7)])
+def test_the_graph_gives_the_scores_of_the_model(
+    made: DocumentModel, encoded: Encoded, lengths: tuple[int, ...]
+) -> None:
+    documents = [encoded.cut(tokens) for tokens in lengths]
+    graph = exportable(ScoringGraph(made))
+    with torch.inference_mode():
+        found = graph(**{name: torch.from_numpy(array) for name, array in graph_inputs(documents).items()}).numpy()
+    for row, document in enumerate(documents):
+        np.testing.assert_allclose(found[row, : document.num_units], score_units(made, document), atol=1e-4)
+        assert (found[row, document.num_units :] == 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_int8_artifact_with_the_encoder_in_it(
+    made: DocumentModel, source: Source, document: Document, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "load_run", lambda _folder: (made, DocumentTokenizer(source.tokenizer)))
+    save_run(tmp_path / "run", made, DocumentTokenizer(source.tokenizer))
+    artifact = export_documents(tmp_path / "run", tmp_path / "artifact", calibration=[document], tell=lambda _: None)
+    assert artifact.manifest.precision == "int8"
+    for runtime in ("onnxruntime", "openvino"):
+        predictor = load_predictor(artifact, runtime, threads=1)
+        assert check_probes(artifact, predictor).holds
+        (summary,) = DocumentPredictor(artifact, predictor).predict([document], num_sentences=3)
+        assert len(summary.sentences) == 3
 
 
 def test_words_count_beside_vectors(made: DocumentModel, source: Source, backbone: Backbone, encoded: Encoded) -> None:

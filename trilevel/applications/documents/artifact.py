@@ -58,7 +58,7 @@ def export_documents(
 
     Raises:
         CheckpointError: the run is damaged, or is of another kind.
-        ConfigError: the model stands on a pretrained encoder; or it is compressed and documents are given.
+        ConfigError: the model is compressed and documents are given.
     """
     from trilevel.applications.documents.export import export
 

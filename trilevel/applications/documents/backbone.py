@@ -123,8 +123,12 @@ class UnitInput(nn.Module):
                 # a hidden word says nothing
                 self.words.weight.normal_(std=0.06)[PADDING_ID] = 0.0
 
-    def forward(self, vectors: Tensor, input_ids: Tensor, unit_ids: Tensor, unit_padding: Tensor | None) -> Tensor:
-        """Map vectors (batch, units, vector_dim) and tokens (batch, tokens) to (batch, units, dim)."""
+    def word_means(self, input_ids: Tensor, unit_ids: Tensor, num_units: int) -> Tensor | None:
+        """Means of the table's rows over each unit, (batch, units, word_dim); None without a table."""
+        return None if self.words is None else mean_by_unit(self.words(input_ids), unit_ids, num_units=num_units)[0]
+
+    def forward(self, vectors: Tensor, words: Tensor | None, unit_padding: Tensor | None) -> Tensor:
+        """Map vectors (batch, units, vector_dim) and means of words (batch, units, word_dim) to (batch, units, dim)."""
         x = self.norm(vectors)
         if unit_padding is None:
             centre = x.mean(1, keepdim=True)
@@ -133,8 +137,7 @@ class UnitInput(nn.Module):
             centre = torch.where(real, x, 0).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
         centre = F.normalize(centre, dim=-1) * centre.shape[-1] ** 0.5
         mapped: Tensor = self.map(self.dropout(torch.cat([x, x * centre], dim=-1)))
-        if self.words is not None and self.word_map is not None:
-            words, _ = mean_by_unit(self.words(input_ids), unit_ids, num_units=vectors.shape[1])
+        if words is not None and self.word_map is not None:
             mapped = mapped + self.word_map(words)
         return mapped
 

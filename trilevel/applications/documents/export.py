@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from trilevel.applications.documents.artifact import graph_inputs
-from trilevel.applications.documents.backbone import Backbone
+import trilevel
+from trilevel.applications.documents.artifact import INT8, graph_inputs
 from trilevel.applications.documents.builtin import builtin_document, builtin_pieces
-from trilevel.applications.documents.checkpoint import CHECKPOINT_FOLDER, PRETRAINED, load_run
-from trilevel.applications.documents.data import DocumentBatch, collate
+from trilevel.applications.documents.checkpoint import CHECKPOINT_FOLDER, ENCODER_FOLDER, MINILM, PRETRAINED, load_run
+from trilevel.applications.documents.data import DocumentBatch, cache_dir, collate
 from trilevel.applications.documents.encoded import Encoded, encode
 from trilevel.applications.documents.graph import ScoringGraph
 from trilevel.applications.documents.model import DocumentModel
@@ -20,11 +23,12 @@ from trilevel.applications.documents.summary import DEFAULT_BUDGET_WORDS
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.applications.documents.units import FEATURE_SIZES, split_units
 from trilevel.artifact.export.artifact import Graph, export_artifact
-from trilevel.artifact.manifest import Artifact
+from trilevel.artifact.manifest import Artifact, read_artifact
 from trilevel.compression.quantize import QuantizeConfig, freeze, quantize
 from trilevel.data.documents import Document
-from trilevel.errors import ConfigError, InputError
+from trilevel.errors import ArtifactError, InputError
 from trilevel.model.checkpoint import weights_sha256
+from trilevel.model.folder import CONFIG_FILE
 
 CALIBRATION_TOKENS = 8_192
 """Of a document, at most."""
@@ -55,16 +59,11 @@ def export(
     """See `artifact.export_documents`."""
     folder = PRETRAINED if source is None else Path(source)
     model, tokenizer = load_run(folder)
-    if isinstance(model.config.tokens, Backbone):
-        raise ConfigError(
-            f"{folder} stands on a pretrained encoder, which is no part of the run. Export a model with an encoder of "
-            "its own, or the encoder with `trilevel export ENCODER`."
-        )
     model = model.float()
     if calibration is not None:
         tell(f"measuring the ranges of activations on {len(calibration)} documents")
         model = to_int8(model, [encode(split_units(one), tokenizer) for one in calibration], target=target)
-    config = model.config.to_dict()
+    assert model.encoder is not None
     graph = Graph(
         task="documents",
         name="documents" if source is None else folder.name,
@@ -78,7 +77,7 @@ def export(
             "weights_sha256": weights_sha256(folder / CHECKPOINT_FOLDER),
             "calibration_documents": None if calibration is None else len(calibration),
         },
-        levels={"tokens": config["tokens"]["levels"], "units": config["unit_levels"]},
+        levels={"tokens": model.encoder.config.to_dict()["levels"], "units": model.config.to_dict()["unit_levels"]},
         tokenizer=tokenizer.to_str(),
         about=(
             f"Scores the sentences of documents of up to {model.config.max_tokens:,} tokens, for extractive summaries. "
@@ -88,15 +87,45 @@ def export(
     return export_artifact(graph, out, target=target, tell=tell)
 
 
+def shipped_artifact(backbone: str, tell: Callable[[str], None]) -> Artifact:
+    """The shipped summariser in INT8: `scratch`, as it comes, or `minilm`, made once and kept in the cache.
+
+    Raises:
+        CheckpointError: MiniLM cannot be had.
+        ArtifactError: the cache cannot be written, or no runtime answers as torch does.
+    """
+    if backbone == "scratch":
+        return read_artifact(INT8)
+    digest = hashlib.sha256(f"{trilevel.__version__} {weights_sha256(MINILM / CHECKPOINT_FOLDER)}".encode())
+    digest.update((MINILM / ENCODER_FOLDER / CONFIG_FILE).read_bytes())
+    kept = cache_dir() / "artifacts" / digest.hexdigest()[:32]
+    if kept.exists():
+        try:
+            return read_artifact(kept)
+        except ArtifactError as error:
+            tell(f"{kept} is damaged and made again ({error})")
+            shutil.rmtree(kept)
+    tell(f"making the artifact on MiniLM, once; it is kept in {kept}")
+    return export(MINILM, kept, target="portable", calibration=builtin_pieces(), tell=tell)
+
+
 def to_int8(model: DocumentModel, documents: Sequence[Encoded], *, target: str = "portable") -> DocumentModel:
     """The model with integer weights and activations, ranges measured on documents one by one; no training."""
     if not documents:
         raise InputError("no documents to measure ranges on; give some, or builtin_pieces() of documents.builtin.")
-    config = QuantizeConfig(activations="uint8" if target == "cpu" else "int8")
+    config = _with_float_parts(QuantizeConfig(activations="uint8" if target == "cpu" else "int8"), model)
     batches = [collate([document.cut(CALIBRATION_TOKENS)]) for document in documents]
     rounded = freeze(quantize(model, config, batches, _run))
     assert isinstance(rounded, DocumentModel)
     return rounded.eval()
+
+
+def _with_float_parts(config: QuantizeConfig, model: DocumentModel) -> QuantizeConfig:
+    """Of a model on a pretrained encoder some parts are computed in float (decision 0020)."""
+    if model.unit_input is None or model.encoder is None:
+        return config
+    inner = tuple(f"encoder.stack.blocks.{number}.ffn" for number in range(len(model.encoder.stack.blocks)))
+    return dataclasses.replace(config, skip=("units", "unit_input.map", "unit_input.word_map"), float_inputs=inner)
 
 
 def _run(model: torch.nn.Module, batch: DocumentBatch) -> Tensor:

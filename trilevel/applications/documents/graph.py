@@ -6,38 +6,68 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from trilevel.applications.documents.backbone import Backbone
 from trilevel.applications.documents.encoded import MAX_UNIT_TOKENS
 from trilevel.applications.documents.model import DocumentModel
+from trilevel.applications.documents.tokenizer import PADDING_ID
 
 
 class ScoringGraph(nn.Module):
     """Scores (batch, units) from the arrays of `artifact.graph_inputs`, in operators that every runtime has.
 
     Where units end says which tokens are theirs and what is padding, so no other mask is needed. Focus would keep a
-    number of tokens that depends on their scores, which not every runtime can.
+    number of tokens that depends on their scores, which not every runtime can. A pretrained encoder is in the graph.
     """
 
     def __init__(self, model: DocumentModel) -> None:
         super().__init__()
+        assert model.encoder is not None
         self.model = model
 
     def forward(
         self, input_ids: Tensor, token_prior: Tensor, unit_ends: Tensor, unit_features: Tensor, unit_prior: Tensor
     ) -> Tensor:
-        """Score units; a unit of padding gets 0."""
+        """Score units; a unit of padding gets 0. A pretrained encoder takes no prior of tokens."""
+        starts = pad(unit_ends[:, :-1], (1, 0))
+        padding = starts >= unit_ends
+        if self.model.unit_input is None:
+            x = mean_between(self._hidden(input_ids, token_prior, unit_ends), starts, unit_ends)
+        else:
+            words = self.model.unit_input.words
+            x = self.model.unit_input(
+                mean_between(self._pretrained(input_ids, unit_ends), starts, unit_ends),
+                None if words is None else mean_between(words(input_ids), starts, unit_ends),
+                padding,
+            )
+        units = self.model.over_units(x, unit_features, padding_mask=padding, prior=unit_prior)
+        return torch.where(padding, 0.0, self.model.score(units.hidden).squeeze(-1))
+
+    def _hidden(self, input_ids: Tensor, token_prior: Tensor, unit_ends: Tensor) -> Tensor:
         assert self.model.encoder is not None
         place = torch.arange(input_ids.shape[1], device=input_ids.device)
-        hidden = self.model.encoder(
+        hidden: Tensor = self.model.encoder(
             input_ids,
             padding_mask=place >= unit_ends.amax(1, keepdim=True),
             global_prior=token_prior,
             focus_fraction=1.0 if self.model.config.focus else None,
         )
-        starts = pad(unit_ends[:, :-1], (1, 0))
-        padding = starts >= unit_ends
-        means = mean_between(hidden, starts, unit_ends)
-        units = self.model.over_units(means, unit_features, padding_mask=padding, prior=unit_prior)
-        return torch.where(padding, 0.0, self.model.score(units.hidden).squeeze(-1))
+        return hidden
+
+    def _pretrained(self, input_ids: Tensor, unit_ends: Tensor) -> Tensor:
+        """Vectors of the tokens (batch, tokens, dim), special tokens put around them and taken off again."""
+        backbone, encoder = self.model.config.tokens, self.model.encoder
+        assert isinstance(backbone, Backbone)
+        assert encoder is not None
+        before, after = backbone.ids_before, backbone.ids_after
+        ids = pad(input_ids, (len(before), len(after)), value=PADDING_ID)
+        place = torch.arange(ids.shape[1], device=ids.device)
+        end = unit_ends.amax(1, keepdim=True) + len(before)
+        for number, special in enumerate(before):
+            ids = torch.where(place == number, special, ids)
+        for number, special in enumerate(after):
+            ids = torch.where(place == end + number, special, ids)
+        hidden: Tensor = encoder(ids, padding_mask=place >= end + len(after))
+        return hidden.index_select(1, torch.arange(input_ids.shape[1], device=ids.device) + len(before))
 
 
 def mean_between(x: Tensor, starts: Tensor, ends: Tensor) -> Tensor:

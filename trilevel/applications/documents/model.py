@@ -248,7 +248,8 @@ class DocumentModel(nn.Module):
                 raise ConfigError(f"focus_fraction={focus_fraction}: a model on a pretrained encoder has no focus.")
             ids = self._with_hidden_words(batch["input_ids"])
             vectors = self._vectors(batch, num_units)
-            return None, self.unit_input(vectors, ids, batch["unit_ids"], batch["unit_padding"])
+            words = self.unit_input.word_means(ids, batch["unit_ids"], num_units)
+            return None, self.unit_input(vectors, words, batch["unit_padding"])
         assert self.encoder is not None
         tokens = self.encoder(
             self._with_hidden_words(batch["input_ids"]),

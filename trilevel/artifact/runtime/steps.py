@@ -1,0 +1,59 @@
+"""The segments of a family in a runtime, as dynamic paths run them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trilevel.artifact.manifest import Artifact
+from trilevel.artifact.probe import Arrays
+from trilevel.artifact.runtime.predictor import Precision, Predictor, Runtime, load_predictor
+
+Outputs = npt.NDArray[np.floating[Any]]
+_LOGITS = "logits"
+
+
+class SegmentSteps:
+    """Segments one after another: see `trilevel.routing.steps.Steps`.
+
+    Args:
+        artifact: with paths.
+        family: whose segments; None for the graph of the whole model, which is one segment.
+        runtime, threads, precision: see `load_predictor`.
+
+    Raises:
+        ArtifactError: the artifact has no such family, or the runtime cannot read it.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        family: str | None,
+        runtime: Runtime,
+        *,
+        threads: int | None = None,
+        precision: Precision = "float32",
+    ) -> None:
+        count = 1 if family is None else max(1, len(artifact.manifest.families.get(family, ())))
+        parts = [artifact if family is None else artifact.segment(family, number) for number in range(count)]
+        self._inputs = [set(part.manifest.inputs) for part in parts]
+        self._predictors: list[Predictor] = [
+            load_predictor(part, runtime, threads=threads, precision=precision) for part in parts
+        ]
+        self.num_segments = len(parts)
+        self.version = self._predictors[0].version
+
+    def run(self, segment: int, arrays: Arrays) -> tuple[dict[str, npt.NDArray[Any]], Outputs]:
+        """What the next segment reads, and logits (batch, classes), of inputs or of what the segment before gave."""
+        found = self._predictors[segment].run(arrays)
+        logits = found.pop(_LOGITS)
+        return found | self._kept(segment + 1, arrays), logits
+
+    def _kept(self, segment: int, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Inputs that the next segment reads too, such as the mask."""
+        if segment == self.num_segments:
+            return {}
+        return {name: array for name, array in arrays.items() if name in self._inputs[segment]}
