@@ -10,11 +10,13 @@ from typing import Any, get_args
 
 import numpy as np
 import onnx
+import onnxruntime  # type: ignore[import-untyped]
 import pytest
 import torch
 
 from trilevel.applications.classification.model import Classifier, ClassifierConfig, Masked
 from trilevel.applications.images.model import ImageClassifier, ImageClassifierConfig
+from trilevel.artifact.export.branches import export_branches
 from trilevel.artifact.export.onnx import export_onnx
 from trilevel.artifact.export.segments import export_segments, segment_probes
 from trilevel.artifact.manifest import (
@@ -28,10 +30,11 @@ from trilevel.artifact.manifest import (
     write_artifact,
 )
 from trilevel.artifact.probe import write_probes
+from trilevel.artifact.runtime.openvino import openvino_core
 from trilevel.artifact.runtime.predictor import Runtime, load_predictor
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.compression.quantize import QuantizeConfig, freeze, quantize
-from trilevel.errors import ArtifactError
+from trilevel.errors import ArtifactError, ConfigError
 from trilevel.model.config import EncoderConfig
 from trilevel.model.patches import Patches
 
@@ -174,7 +177,50 @@ def test_int8_segments_answer_as_the_rounded_model(tmp_path: Path) -> None:
         given = {"hidden": found.get("hidden", found["logits"]), "attention_mask": probe.inputs["attention_mask"]}
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_one_graph_with_branches_leaves_where_the_margin_suffices(
+    of_images: Artifact, tmp_path: Path, runtime: str
+) -> None:
+    calls = [images(1) for _ in range(24)]
+    expected = [np.asarray(one.outputs["logits"])[0] for one in segment_probes(image_model(), calls)]
+    margins = np.array([[np.diff(np.sort(logits)[-2:])[0] for logits in sample] for sample in expected])
+    middle = np.median(margins, axis=0)
+    for least in ([middle[0], middle[1]], [middle[0], 0.0], [0.0, 0.0], [1e9, 1e9]):
+        path = export_branches(of_images, "float32", [float(one) for one in least], tmp_path / "branches.onnx")
+        run = opened(path, runtime)
+        seen = set()
+        for call, sample, own in zip(calls, expected, margins, strict=True):
+            segments = next((number for number in range(2) if own[number] >= least[number]), 2)
+            logits, count = run(call["pixels"].numpy())
+            # behind the last segment stands the whole model, which here gives the last one's answer
+            np.testing.assert_allclose(logits[0], sample[min(segments, 1)], atol=2e-5)
+            assert count.tolist() == [[1, 2, 0][segments]]
+            seen.add(segments)
+        assert len(seen) == (1 if least[0] in (0.0, 1e9) else 2 if least[1] == 0 else 3)
+
+
+def opened(path: Path, runtime: str) -> Any:
+    if runtime == "onnxruntime":
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        return lambda pixels: session.run(["logits", "segments_run"], {"pixels": pixels})
+    compiled = openvino_core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda pixels: [compiled([pixels])[name].copy() for name in ("logits", "segments_run")]
+
+
+def test_branches_keep_no_graph_that_never_runs(of_images: Artifact, tmp_path: Path) -> None:
+    sizes = [
+        export_branches(of_images, "float32", least, tmp_path / "a.onnx").stat().st_size
+        for least in ([0.0, 0.0], [1.0, 0.0], [1.0, 1.0])
+    ]
+    assert sizes[0] < 0.7 * sizes[1] < 0.5 * sizes[2]
+
+
 # error messages
+
+
+def test_margins_that_are_not_one_a_segment(of_images: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="3 margins were given for the 2 segments of float32"):
+        export_branches(of_images, "float32", [1.0, 1.0, 1.0], tmp_path / "a.onnx")
 
 
 def test_a_segment_that_is_not_there(of_images: Artifact) -> None:
