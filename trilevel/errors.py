@@ -34,6 +34,10 @@ class ArtifactError(TrilevelError, ValueError):
     """An artifact is missing, damaged, of an unknown format, or gives other answers than it was made to give."""
 
 
+class CertificateError(TrilevelError, ValueError):
+    """A bound on the loss cannot be proved, or a certificate is damaged or of something else."""
+
+
 class QualityError(TrilevelError):
     """A result is below the quality that was asked for, and is not written."""
 

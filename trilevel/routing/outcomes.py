@@ -1,0 +1,132 @@
+"""What every path answers for every held-out sample: the table that routers are fitted and certified on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from trilevel.errors import InputError
+
+Floats = npt.NDArray[np.floating]
+Integers = npt.NDArray[np.integer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcomes:
+    """Answers of the paths; the first axis of all arrays is the sample.
+
+    Attributes:
+        paths: names of the columns.
+        full: the name of the reference.
+        predictions: (samples, paths) int64, the class.
+        margins: (samples, paths), the two largest logits' difference: how sure a path is.
+        features: (samples, features), what is known before anything is computed.
+        lengths: (samples,) int64, tokens.
+        groups: (samples,) int64; samples of one group depend on each other and stay together.
+        labels: (samples,) int64, the truth; None if unknown.
+    """
+
+    paths: tuple[str, ...]
+    full: str
+    predictions: Integers
+    margins: Floats
+    features: Floats
+    lengths: Integers
+    groups: Integers
+    labels: Integers | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the arrays belong together."""
+        count, width = len(self.lengths), len(self.paths)
+        shapes = {
+            "predictions": (self.predictions, (count, width)),
+            "margins": (self.margins, (count, width)),
+            "features": (self.features, (count, *self.features.shape[1:2])),
+            "groups": (self.groups, (count,)),
+            "labels": (self.labels, (count,)),
+        }
+        wrong = [f"{name} {array.shape}" for name, (array, shape) in shapes.items()
+                 if array is not None and array.shape != shape]  # fmt: skip
+        if wrong:
+            raise InputError(f"{count} samples and {width} paths do not go with {', '.join(wrong)}.")
+        if self.full not in self.paths:
+            raise InputError(f"the full path {self.full!r} is none of {', '.join(self.paths)}.")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def column(self, path: str) -> int:
+        """The place of a path.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        if path not in self.paths:
+            raise InputError(f"there is no path {path!r}; there are {', '.join(self.paths)}.")
+        return self.paths.index(path)
+
+    @property
+    def full_predictions(self) -> Integers:
+        """(samples,), what the full path says."""
+        return self.predictions[:, self.column(self.full)]
+
+    def rows(self, chosen: Integers | npt.NDArray[np.bool_] | slice) -> Outcomes:
+        """Some of the samples, by their numbers or a mask."""
+        arrays = {name: getattr(self, name)[chosen] for name in _ARRAYS}
+        return replace(self, **arrays, labels=None if self.labels is None else self.labels[chosen])
+
+    def save(self, path: Path) -> None:
+        """Write one .npz without pickles, whole or not at all."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        if self.labels is not None:
+            arrays["labels"] = self.labels
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, paths=np.array(self.paths), full=np.array(self.full), **arrays)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.tmp")
+        try:
+            partial.write_bytes(buffer.getvalue())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+_ARRAYS = tuple(one.name for one in fields(Outcomes) if one.name not in ("paths", "full", "labels"))
+
+
+def load_outcomes(path: Path) -> Outcomes:
+    """What `Outcomes.save` wrote.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+        names, full = tuple(map(str, found.pop("paths"))), str(found.pop("full"))
+        return Outcomes(paths=names, full=full, **found)
+    # numpy and zipfile raise errors of many classes for damaged files
+    except Exception as error:
+        raise InputError(f"{path} cannot be read ({error}). Remove it; it is then computed again.") from error
+
+
+def split_groups(groups: Integers, shares: Sequence[float], *, seed: int) -> list[npt.NDArray[np.int64]]:
+    """Samples of each part, no group in two of them; the shares are of the groups.
+
+    Args:
+        groups: (samples,).
+        shares: of each part, together 1.
+        seed: of the draw.
+    """
+    names, inverse = np.unique(groups, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    ends = np.round(np.cumsum([0.0, *shares]) * len(names)).astype(int)
+    part_of = np.empty(len(names), np.int64)
+    for part in range(len(shares)):
+        part_of[order[ends[part] : ends[part + 1]]] = part
+    return [np.flatnonzero(part_of[inverse] == part) for part in range(len(shares))]

@@ -1,0 +1,249 @@
+"""The router: which family of paths an input begins with, and behind which segment it leaves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trilevel.errors import ArtifactError, ConfigError
+from trilevel.routing.executor import Verdict
+from trilevel.routing.harm import NEVER, FeatureHarm, MarginHarm, fit_feature_harm, fit_margin_harm
+from trilevel.routing.outcomes import Outcomes
+from trilevel.routing.paths import Family
+
+Floats = npt.NDArray[np.floating]
+Integers = npt.NDArray[np.integer]
+Booleans = npt.NDArray[np.bool_]
+START = "start"
+FORMAT = "trilevel-router"
+VERSION = 1
+
+
+def margin(logits: Floats) -> Floats:
+    """Difference of the two largest of (..., classes).
+
+    >>> margin(np.array([[1.0, 4.0, 2.5]]))
+    array([1.5])
+    """
+    best = np.partition(logits, -2, axis=-1)
+    return np.asarray(best[..., -1] - best[..., -2])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FamilyRule:
+    """What is known of a family's harm.
+
+    Attributes:
+        name: of the family.
+        paths: its paths, each a segment longer than the one before.
+        start: harm of the last of them, by features.
+        exits: harm of each by its margin.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    start: FeatureHarm
+    exits: tuple[MarginHarm, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Router:
+    """Rules of the families, cheapest first, and the path that everything else takes.
+
+    An input begins with the first family whose start allows it and leaves behind the first segment whose margin
+    allows it. Who passes all segments of a family without leaving takes the full path, from its beginning.
+
+    Attributes:
+        full: name of the path that is never wrong by definition.
+        families: rules.
+        features: names of the features.
+    """
+
+    full: str
+    families: tuple[FamilyRule, ...]
+    features: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; `from_dict` gives an equal router back."""
+        rules = [
+            {
+                "name": rule.name,
+                "paths": list(rule.paths),
+                "start": rule.start.to_dict(),
+                "exits": [one.to_dict() for one in rule.exits],
+            }
+            for rule in self.families
+        ]
+        own = {"full": self.full, "families": rules, "features": list(self.features)}
+        return {"format": FORMAT, "version": VERSION, **own}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Router:
+        """What `to_dict` made.
+
+        Raises:
+            ArtifactError: it is none, or of another version.
+        """
+        if values.get("format") != FORMAT or values.get("version") != VERSION:
+            raise ArtifactError(
+                f"this is no {FORMAT} of version {VERSION}, but {values.get('format')!r} of {values.get('version')!r}. "
+                "Route the model again (trilevel route)."
+            )
+        try:
+            rules = tuple(
+                FamilyRule(
+                    name=str(one["name"]),
+                    paths=tuple(map(str, one["paths"])),
+                    start=FeatureHarm.from_dict(one["start"]),
+                    exits=tuple(MarginHarm(**own) for own in one["exits"]),
+                )
+                for one in values["families"]
+            )
+            found = cls(full=str(values["full"]), families=rules, features=tuple(map(str, values["features"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArtifactError(f"the router is damaged ({error}). Route the model again (trilevel route).") from error
+        if any(len(rule.exits) != len(rule.paths) or not rule.paths for rule in rules):
+            raise ArtifactError("the router has paths without a rule. Route the model again (trilevel route).")
+        return found
+
+    @property
+    def sha256(self) -> str:
+        """Of its JSON."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def fit_router(
+    outcomes: Outcomes, losses: Floats, families: Mapping[str, Sequence[str]], features: Sequence[str]
+) -> Router:
+    """Fit on held-out samples, never on those that trained the model.
+
+    Args:
+        outcomes: of the samples.
+        losses: (samples, paths) in [0, 1], what each answer costs beside that of the full path.
+        families: paths of each, by the family's name, cheapest family first; the full path is in none.
+        features: names of the outcomes' features.
+
+    Raises:
+        InputError: there is no sample, or no such path.
+    """
+    rules = []
+    for name, paths in families.items():
+        columns = [outcomes.column(path) for path in paths]
+        exits = tuple(fit_margin_harm(outcomes.margins[:, column], losses[:, column]) for column in columns)
+        start = fit_feature_harm(outcomes.features, losses[:, columns[-1]])
+        rules.append(FamilyRule(name=name, paths=tuple(paths), start=start, exits=exits))
+    return Router(full=outcomes.full, families=tuple(rules), features=tuple(features))
+
+
+def thresholds(router: Router, price: float, ms: Mapping[str, float]) -> dict[str, float]:
+    """What one number, the price, makes of a router: the most harm of a start, the least margin of an exit.
+
+    Leaving is worth it where the harm expected is at most the price of what is saved: the rest of the family's
+    segments, or the full path behind the last of them, as shares of the full path's time. A price of 0 sends everything
+    through the full path.
+
+    Args:
+        router: see there.
+        price: of one full path's time, in harm, >= 0.
+        ms: milliseconds of each path from its beginning.
+
+    Raises:
+        ConfigError: the price is below 0, or a path has no time.
+    """
+    missing = [path for rule in router.families for path in (*rule.paths, router.full) if path not in ms]
+    if not price >= 0 or missing:
+        raise ConfigError(f"price={price} must be >= 0, and no time is known for {missing}.")
+    found, full = {}, ms[router.full]
+    for rule in router.families:
+        last = ms[rule.paths[-1]]
+        found[f"{rule.name}/{START}"] = min(1.0, price * max(0.0, full - last) / full) if price else -1.0
+        for path, harm in zip(rule.paths, rule.exits, strict=True):
+            saved = full if path == rule.paths[-1] else last - ms[path]
+            found[path] = harm.least_margin(price * saved / full)
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """Where samples ended: the column of their path (samples,), and whether a family was left for the full path.
+
+    `family` (samples,) is the number of the family that a sample began with, -1 for the full path.
+    """
+
+    column: Integers
+    family: Integers
+    is_escalated: Booleans
+
+    def cost(self, outcomes: Outcomes, router: Router, ms: Mapping[str, float]) -> Floats:
+        """Milliseconds of each sample, (samples,)."""
+        own = np.array([ms[path] for path in outcomes.paths])[self.column]
+        lost = np.array([*(ms[rule.paths[-1]] for rule in router.families), 0.0])[self.family]
+        return np.asarray(own + np.where(self.is_escalated, lost, 0.0))
+
+
+def choose(outcomes: Outcomes, router: Router, setting: Mapping[str, float]) -> Chosen:
+    """Route samples whose answers are all known already."""
+    full = outcomes.column(outcomes.full)
+    family = start(router, setting, outcomes.features)
+    column = np.full(len(outcomes), full)
+    is_open = family >= 0
+    for number, rule in enumerate(router.families):
+        for path in rule.paths:
+            own = outcomes.column(path)
+            leaves = is_open & (family == number) & (outcomes.margins[:, own] >= setting[path])
+            column[leaves] = own
+            is_open &= ~leaves
+    return Chosen(column=column, family=family, is_escalated=is_open)
+
+
+def start(router: Router, setting: Mapping[str, float], features: Floats) -> Integers:
+    """The number of the family that each sample begins with, -1 for the full path; (samples,)."""
+    found = np.full(len(features), -1)
+    for number, rule in reversed(list(enumerate(router.families))):
+        is_useful = any(setting[path] < NEVER for path in rule.paths)
+        if is_useful:
+            found[rule.start.harm(features) <= setting[f"{rule.name}/{START}"]] = number
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A router with one setting, as `execute` asks it."""
+
+    router: Router
+    setting: Mapping[str, float]
+
+    def start(self, features: Floats) -> list[str]:
+        """The family that each sample begins with, or the full path."""
+        names = [*(rule.name for rule in self.router.families), self.router.full]
+        return [names[number] for number in start(self.router, self.setting, features)]
+
+    def after(self, family: str, segment: int, outputs: Floats, features: Floats) -> Verdict:
+        """Which answers are sure enough."""
+        margins = margin(outputs[:, -1])
+        return Verdict(margins >= self.setting[Family.parse(family).at(segment + 1).name], margins)
+
+
+def prices(count: int = 60) -> Floats:
+    """From nothing to more than any harm, evenly by ratio."""
+    return np.concatenate([[0.0], np.geomspace(1e-4, 10.0, count)])
+
+
+def settings(
+    outcomes: Outcomes, router: Router, ms: Mapping[str, float], wanted: Sequence[float] | None = None
+) -> list[dict[str, float]]:
+    """Settings from safe to cheap: one for each price that makes the samples cheaper than all before."""
+    found, cheapest = [], np.inf
+    for price in prices() if wanted is None else wanted:
+        setting = thresholds(router, float(price), ms)
+        cost = choose(outcomes, router, setting).cost(outcomes, router, ms).mean()
+        if cost < cheapest - 1e-9:
+            found.append(setting)
+            cheapest = cost
+    return found

@@ -1,0 +1,84 @@
+"""Held-out samples as dynamic paths read them: rows that can be batched, their truth, and who depends on whom."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trilevel.errors import InputError
+from trilevel.routing.steps import Arrays
+
+Integers = npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Samples of a task.
+
+    Attributes:
+        task: of the artifact.
+        rows: what `collate` takes, one for each sample.
+        digests: SHA-256 of each sample's content.
+        groups: (samples,), equal where samples depend on each other, such as pages of one document.
+        labels: (samples,), places in the model's labels; None if unknown.
+        length_of: the length that a row is padded to.
+        collate: arrays that the model reads, of rows and the length that all of them get.
+    """
+
+    task: str
+    rows: Sequence[Any]
+    digests: Sequence[str]
+    groups: Integers
+    labels: Integers | None
+    length_of: Callable[[Any], int]
+    collate: Callable[[Sequence[Any], int], Arrays]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def sha256(self) -> str:
+        """Of all samples with their labels, in order."""
+        labels = "" if self.labels is None else self.labels.tolist()
+        return hashlib.sha256(repr((list(self.digests), labels)).encode()).hexdigest()
+
+    def some(self, chosen: Iterable[int]) -> Samples:
+        """Samples by their numbers."""
+        numbers = np.fromiter(chosen, np.int64)
+        return replace(
+            self,
+            rows=[self.rows[number] for number in numbers],
+            digests=[self.digests[number] for number in numbers],
+            groups=self.groups[numbers],
+            labels=None if self.labels is None else self.labels[numbers],
+        )
+
+
+def check_apart(samples: Samples, known: Iterable[str], *, what: str) -> None:
+    """Refuse samples that are known already: nothing can be promised from what a model was trained on.
+
+    Args:
+        samples: for calibration.
+        known: digests of the training samples.
+        what: the data's name, for the message.
+
+    Raises:
+        InputError: a sample is among them.
+    """
+    shared = set(samples.digests) & set(known)
+    if shared:
+        raise InputError(
+            f"{what}: {len(shared):,} of {len(samples):,} samples are among those that the model was trained on, by "
+            "their content. Give data that it has not seen, or leave these out (--drop-known)."
+        )
+
+
+def without_known(samples: Samples, known: Iterable[str]) -> Samples:
+    """The samples that are not known; see `check_apart`."""
+    seen = set(known)
+    return samples.some(number for number, digest in enumerate(samples.digests) if digest not in seen)
