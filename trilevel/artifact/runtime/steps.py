@@ -57,3 +57,11 @@ class SegmentSteps:
         if segment == self.num_segments:
             return {}
         return {name: array for name, array in arrays.items() if name in self._inputs[segment]}
+
+    def kernels(self) -> dict[str, str]:
+        """What is executed, by the segment's number and the operator's name."""
+        return {
+            f"{number}: {name}": kind
+            for number, predictor in enumerate(self._predictors, 1)
+            for name, kind in predictor.kernels().items()
+        }

@@ -1,0 +1,22 @@
+"""What this processor computes integers with, without torch: what answers depend on beside runtime and version."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+# the widest first; products of integers are summed differently by each
+_WIDEST = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "i8mm", "asimddp", "asimd")
+
+
+@cache
+def isa_class() -> str:
+    """The widest instruction set for products of integers, by Linux's name; elsewhere the machine's name."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.machine().lower()
+    lines = (line.partition(":") for line in text.splitlines())
+    flags = next((set(value.split()) for name, _, value in lines if name.strip() in ("flags", "Features")), set())
+    return next((name for name in _WIDEST if name in flags), platform.machine().lower())
