@@ -37,13 +37,13 @@ def write_probes(probes: Sequence[Probe], path: Path) -> None:
     path.write_bytes(buffer.getvalue())
 
 
-def read_probes(artifact: Artifact) -> list[Probe]:
-    """The probes of an artifact.
+def read_probes(artifact: Artifact, name: str = PROBE_FILE) -> list[Probe]:
+    """The probes of an artifact, or those in another of its files.
 
     Raises:
         ArtifactError: the file is damaged or holds none.
     """
-    path = artifact.file(PROBE_FILE)
+    path = artifact.file(name)
     found: dict[int, dict[str, dict[str, npt.NDArray[np.generic]]]] = {}
     try:
         with np.load(path, allow_pickle=False) as arrays:

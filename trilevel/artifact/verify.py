@@ -66,22 +66,32 @@ def parity(artifact: Artifact, predictor: Predictor, expected: Iterable[Probe]) 
     Raises:
         InputError: a probe does not fit the graph.
     """
-    differences, cosines, agreements = [], [], []
+    pairs = []
     for probe in expected:
         found = predictor.run(probe.inputs)
-        for name, wanted in probe.outputs.items():
-            given, right = (np.asarray(x, np.float64).reshape(len(wanted), -1) for x in (found[name], wanted))
-            differences.append(np.abs(given - right).max() / max(np.abs(right).max(), 1e-12))
-            cosines.append(_cosine(given, right).min())
-            agreements.append((given.argmax(1) == right.argmax(1)).mean())
+        pairs += [(found[name], wanted) for name, wanted in probe.outputs.items()]
+    limit = tolerance(artifact, predictor)
+    return compared(pairs, runtime=predictor.runtime, precision=predictor.precision, limit=limit)
+
+
+def compared(
+    pairs: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]], *, runtime: str, precision: str, limit: float
+) -> Parity:
+    """Parity of outputs, each with the one expected, first axis rows."""
+    differences, cosines, agreements = [], [], []
+    for found, wanted in pairs:
+        given, right = (np.asarray(x, np.float64).reshape(len(wanted), -1) for x in (found, wanted))
+        differences.append(np.abs(given - right).max() / max(np.abs(right).max(), 1e-12))
+        cosines.append(_cosine(given, right).min())
+        agreements.append((given.argmax(1) == right.argmax(1)).mean())
     return Parity(
-        runtime=predictor.runtime,
-        precision=predictor.precision,
+        runtime=runtime,
+        precision=precision,
         calls=len(differences),
         difference=float(np.max(differences)),
         cosine=float(np.min(cosines)),
         agreement=float(np.mean(agreements)),
-        tolerance=tolerance(artifact, predictor),
+        tolerance=limit,
     )
 
 

@@ -151,7 +151,7 @@ def thresholds(router: Router, price: float, ms: Mapping[str, float]) -> dict[st
     Args:
         router: see there.
         price: of one full path's time, in harm, >= 0.
-        ms: milliseconds of each path from its beginning.
+        ms: milliseconds of each path from its beginning, of a usual sample.
 
     Raises:
         ConfigError: the price is below 0, or a path has no time.
@@ -180,11 +180,13 @@ class Chosen:
     family: Integers
     is_escalated: Booleans
 
-    def cost(self, outcomes: Outcomes, router: Router, ms: Mapping[str, float]) -> Floats:
-        """Milliseconds of each sample, (samples,)."""
-        own = np.array([ms[path] for path in outcomes.paths])[self.column]
-        lost = np.array([*(ms[rule.paths[-1]] for rule in router.families), 0.0])[self.family]
-        return np.asarray(own + np.where(self.is_escalated, lost, 0.0))
+    def cost(self, outcomes: Outcomes, router: Router, ms: Mapping[str, npt.ArrayLike]) -> Floats:
+        """Milliseconds of each sample, (samples,), from those of each path: one number, or (samples,)."""
+        count = len(self.column)
+        own = np.stack([np.broadcast_to(ms[path], count) for path in outcomes.paths])
+        lost = np.stack([np.broadcast_to(ms[rule.paths[-1]], count) for rule in router.families])
+        rows = np.arange(count)
+        return np.asarray(own[self.column, rows] + np.where(self.is_escalated, lost[self.family, rows], 0.0))
 
 
 def choose(outcomes: Outcomes, router: Router, setting: Mapping[str, float]) -> Chosen:

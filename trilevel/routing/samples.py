@@ -28,6 +28,7 @@ class Samples:
         labels: (samples,), places in the model's labels; None if unknown.
         length_of: the length that a row is padded to.
         collate: arrays that the model reads, of rows and the length that all of them get.
+        resize: a row of another length, to measure times of; None where all have one.
     """
 
     task: str
@@ -37,6 +38,7 @@ class Samples:
     labels: Integers | None
     length_of: Callable[[Any], int]
     collate: Callable[[Sequence[Any], int], Arrays]
+    resize: Callable[[Any, int], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -46,6 +48,16 @@ class Samples:
         """Of all samples with their labels, in order."""
         labels = "" if self.labels is None else self.labels.tolist()
         return hashlib.sha256(repr((list(self.digests), labels)).encode()).hexdigest()
+
+    @property
+    def lengths(self) -> Integers:
+        """What each row is padded to, (samples,)."""
+        return np.array([self.length_of(row) for row in self.rows], np.int64)
+
+    def example(self, batch: int, length: int) -> Arrays:
+        """Inputs of a size, to measure times of."""
+        rows = [self.rows[number % len(self.rows)] for number in range(batch)]
+        return self.collate(rows if self.resize is None else [self.resize(row, length) for row in rows], length)
 
     def some(self, chosen: Iterable[int]) -> Samples:
         """Samples by their numbers."""

@@ -8,31 +8,49 @@ from pathlib import Path
 
 import numpy as np
 
-from trilevel.applications.classification.checkpoint import Run
-from trilevel.applications.classification.evaluate import held_out
+from trilevel.applications.classification.data import Columns, check_labels, load_data
+from trilevel.artifact.manifest import Artifact, labels_of
+from trilevel.artifact.routed import LENGTH_STEP
+from trilevel.artifact.tokenizer import read_tokenizer
 from trilevel.data.token_rows import encode
+from trilevel.errors import InputError
 from trilevel.routing.samples import Samples
 from trilevel.routing.steps import Arrays
 
-LENGTH_STEP = 32
-"""Texts are padded to a multiple of so many tokens, so that they find others of their length."""
-
 
 def load_samples(
-    run: Run, data: str | Path | None, split: str | None, *, limit: int | None = None, cache: Path | None = None
+    artifact: Artifact, data: str | Path, *, split: str | None = None, limit: int | None = None
 ) -> Samples:
-    """Texts of a split of the run's table, or of another with the same columns; equal texts are one group.
+    """Texts of a split of a table, or of all rows; equal texts are one group.
+
+    Args:
+        artifact: of a classifier, which says the classes, the tokenizer and the columns.
+        data: a table with the columns of the training.
+        split: `train`, `valid` or `test`, as the training split them; None for all rows.
+        limit: rows at most.
 
     Raises:
-        InputError: as `held_out` says.
+        InputError: the table cannot be read, lacks a column, has a label that the model does not know, or no such row.
     """
-    found = held_out(run, None if data is None else Path(data), split=split, limit=limit)
-    config, texts = run.model.config, [example.text for example in found.examples]
-    rows, _ = encode(run.tokenizer, texts, max_tokens=config.max_tokens, padding_id=config.padding_id)
+    path, settings, labels = Path(data), artifact.manifest.settings, labels_of(artifact.manifest)
+    columns = Columns(
+        text=str(settings["text_column"]),
+        label=str(settings.get("label_column", "label")),
+        split=settings.get("split_column") if split else None,
+    )
+    found = load_data(path, columns, valid_fraction=float(settings.get("valid_fraction", 0.1)))
+    names = (split,) if split else tuple(found.examples)
+    examples = [example for name in names for example in found.examples[name]][:limit]
+    if not examples:
+        raise InputError(f"{path}: no row{f' in the split {split!r}' if split else ''}.")
+    check_labels(examples, tuple(labels), path)
+    texts = [example.text for example in examples]
+    most, padding_id = int(settings["max_tokens"]), int(settings["padding_id"])
+    rows, _ = encode(read_tokenizer(artifact), texts, max_tokens=most, padding_id=padding_id)
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
 
     def collate(chosen: Sequence[Sequence[int]], length: int) -> Arrays:
-        ids = np.full((len(chosen), length), config.padding_id, np.int64)
+        ids = np.full((len(chosen), length), padding_id, np.int64)
         mask = np.zeros_like(ids)
         for place, row in enumerate(chosen):
             ids[place, : len(row)], mask[place, : len(row)] = row, 1
@@ -43,7 +61,8 @@ def load_samples(
         rows=rows,
         digests=digests,
         groups=np.unique(digests, return_inverse=True)[1],
-        labels=np.array([run.labels.index(example.label) for example in found.examples]),
-        length_of=lambda row: min(config.max_tokens, -(-len(row) // LENGTH_STEP) * LENGTH_STEP),
+        labels=np.array([labels.index(example.label) for example in examples]),
+        length_of=lambda row: min(most, -(-len(row) // LENGTH_STEP) * LENGTH_STEP),
         collate=collate,
+        resize=lambda row, length: np.resize(np.asarray(row), length).tolist(),
     )

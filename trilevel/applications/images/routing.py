@@ -9,33 +9,48 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trilevel.applications.images.checkpoint import Run
-from trilevel.applications.images.evaluate import HeldOut, held_out
+from trilevel.applications.images.recipe import data_path
+from trilevel.artifact.manifest import Artifact, labels_of
+from trilevel.data.image_folder import check_labels, load_images
 from trilevel.data.images import with_channels
+from trilevel.errors import InputError
 from trilevel.routing.samples import Samples
 
 
 def load_samples(
-    run: Run, data: str | Path | None, split: str | None, *, limit: int | None = None, cache: Path | None = None
+    artifact: Artifact, data: str | Path, *, split: str | None = None, limit: int | None = None
 ) -> Samples:
-    """Images of a split of the run's data, or of other data of the same classes; each is a group of its own.
+    """Images of a split, or of all; each is a group of its own.
+
+    Args:
+        artifact: of a classifier, which says the classes and sizes.
+        data: folder or archive; also below TRILEVEL_DATA.
+        split: `train`, `valid` or `test`, as the training split them; None for all images.
+        limit: images at most.
 
     Raises:
-        InputError: as `held_out` says.
+        InputError: the data cannot be read, has a class that the model does not know, or no such image.
     """
-    images: HeldOut = held_out(run, data, split=split, limit=limit, cache=cache)
-    places = np.array([run.labels.index(label) for label in images.labels])
-    channels = run.model.config.patches.num_channels
+    path, settings = data_path(data), artifact.manifest.settings
+    channels, *size = map(int, artifact.manifest.inputs["pixels"].axes[1:])
+    images = load_images(path, valid_fraction=float(settings.get("valid_fraction", 0.1)), size=(size[0], size[1]))
+    labels = labels_of(artifact.manifest)
+    check_labels(images, tuple(labels))
+    rows = images.rows[split] if split else np.sort(np.concatenate(list(images.rows.values())))
+    rows = rows[:limit]
+    if not len(rows):
+        raise InputError(f"{path}: no image{f' in the split {split!r}' if split else ''}.")
+    places = np.array([labels.index(label) for label in images.labels])
 
-    def collate(rows: Sequence[npt.NDArray[np.uint8]], _length: int) -> dict[str, npt.NDArray[np.uint8]]:
-        return {"pixels": np.ascontiguousarray(with_channels(np.stack(rows), channels))}
+    def collate(chosen: Sequence[npt.NDArray[np.uint8]], _length: int) -> dict[str, npt.NDArray[np.uint8]]:
+        return {"pixels": np.ascontiguousarray(with_channels(np.stack(chosen), channels))}
 
     return Samples(
         task="images",
-        rows=list(images.pixels),
-        digests=[hashlib.sha256(one.tobytes()).hexdigest() for one in images.pixels],
-        groups=np.arange(len(images.classes)),
-        labels=places[images.classes],
-        length_of=lambda _row: run.model.config.patches.num_tokens,
+        rows=[images.pixels[row] for row in rows],
+        digests=[hashlib.sha256(images.pixels[row].tobytes()).hexdigest() for row in rows],
+        groups=np.arange(len(rows)),
+        labels=places[images.classes[rows]],
+        length_of=lambda _row: 1,
         collate=collate,
     )

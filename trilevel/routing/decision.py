@@ -1,0 +1,287 @@
+"""From outcomes to a choice: fit on one part, fix the order there, prove on a second, report on a third."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trilevel.errors import CertificateError
+from trilevel.routing import rivals
+from trilevel.routing.certify import Certified, certify
+from trilevel.routing.evidence import binomial_p_value
+from trilevel.routing.harm import NEVER
+from trilevel.routing.outcomes import Outcomes
+from trilevel.routing.router import START, Router, choose, fit_router, prices, settings, thresholds
+from trilevel.routing.targets import Target, losses_of
+
+Floats = npt.NDArray[np.floating[Any]]
+Integers = npt.NDArray[np.integer[Any]]
+Times = Callable[[Outcomes, int], Mapping[str, npt.ArrayLike]]
+"""Milliseconds of each path for each sample, at a batch size."""
+DYNAMIC = "dynamic"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One way to run the model, on samples that chose nothing.
+
+    Attributes:
+        name: of the way.
+        kind: `fixed`, `dynamic`, `random`, `oracle` or `rival`.
+        ms: mean milliseconds of a sample, by batch size.
+        loss: mean loss of the first target.
+        is_proved: whether the targets were proved for it; None for what no setting leads to.
+        shares: of the paths.
+    """
+
+    name: str
+    kind: str
+    ms: Mapping[int, float]
+    loss: float
+    is_proved: bool | None
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What was chosen.
+
+    Attributes:
+        router: fitted on the tuning part.
+        chain: the settings that were tested, safest first.
+        kind: `dynamic`, or the name of the fixed path where routing does not pay.
+        certified: the setting that was proved, with its proofs; None where nothing was.
+        refusal: why nothing was.
+        rows: what everything else takes and loses on the test part.
+    """
+
+    router: Router
+    chain: tuple[Mapping[str, float], ...]
+    kind: str
+    certified: Certified | None
+    refusal: str
+    rows: tuple[Row, ...]
+
+    @property
+    def setting(self) -> Mapping[str, float]:
+        """The thresholds that were proved; those of the full path where nothing was."""
+        return self.chain[0 if self.certified is None else self.certified.setting]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """Samples that fit, that prove, and that report; no group is in two of them."""
+
+    tune: Outcomes
+    prove: Outcomes
+    test: Outcomes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promise:
+    """Targets, the chance of being wrong, names of the classes."""
+
+    targets: Sequence[Target]
+    delta: float
+    labels: tuple[str, ...] = ()
+
+    def losses(self, outcomes: Outcomes, answers: Integers) -> list[tuple[Floats, npt.NDArray[np.bool_]]]:
+        """Of each target, for answers (samples, ...)."""
+        return [
+            losses_of(one, answers, outcomes.full_predictions, truth=outcomes.labels, labels=self.labels)
+            for one in self.targets
+        ]
+
+    def proved(self, outcomes: Outcomes, answers: Integers) -> Certified:
+        """The cheapest proved column of answers (samples, settings), safest first; see `certify`."""
+        return certify(self.targets, self.losses(outcomes, answers), delta=self.delta, groups=outcomes.groups)
+
+
+def decide(
+    parts: Parts,
+    promise: Promise,
+    families: Mapping[str, Sequence[str]],
+    features: Sequence[str],
+    times: Times,
+    *,
+    batches: Sequence[int] = (1,),
+) -> Decision:
+    """Choose between paths of their own for every sample, and one path for all.
+
+    Which of the two is tested follows from the tuning part alone, so one test decides.
+
+    Args:
+        parts: see there.
+        promise: what must hold.
+        families: paths of each, cheapest family first.
+        features: names of the outcomes' features.
+        times: see `Times`.
+        batches: sizes that the report shows; the first decides.
+
+    Raises:
+        InputError: the data lacks what a target needs.
+    """
+    tune = parts.tune
+    path_losses = promise.losses(tune, tune.predictions)[0][0]
+    router = fit_router(tune, path_losses, families, features)
+    ms = {path: float(np.asarray(own, np.float64).mean()) for path, own in times(tune, batches[0]).items()}
+    dynamic, fixed = settings(tune, router, ms), fixed_settings(router, ms)
+    chains = {DYNAMIC: dynamic, "fixed": [setting for _, setting in fixed]}
+    expected = {name: _expected_ms(parts, promise, router, chain, ms) for name, chain in chains.items()}
+    kind = DYNAMIC if expected[DYNAMIC] < expected["fixed"] else "fixed"
+    certified, refusal = None, ""
+    try:
+        certified = promise.proved(parts.prove, answers(parts.prove, router, chains[kind]))
+    except CertificateError as error:
+        refusal = str(error)
+    if kind == "fixed":
+        kind = fixed[0 if certified is None else certified.setting][0]
+    report = _Report(parts=parts, promise=promise, router=router, times=times, batches=batches)
+    return Decision(
+        router=router,
+        chain=tuple(chains[DYNAMIC if kind == DYNAMIC else "fixed"]),
+        kind=kind,
+        certified=certified,
+        refusal=refusal,
+        rows=tuple(report.rows(dynamic, fixed, ms)),
+    )
+
+
+def fixed_settings(router: Router, ms: Mapping[str, float]) -> list[tuple[str, dict[str, float]]]:
+    """Each path as a setting that sends everything through it, the slowest first; the full path before all others."""
+    never = thresholds(router, 0.0, ms)
+    found = []
+    for rule in router.families:
+        for place, path in enumerate(rule.paths):
+            own = {name: 0.0 if name in rule.paths[place:] else value for name, value in never.items()}
+            own |= {f"{rule.name}/{START}": 1.0}
+            found.append((path, own))
+    return [(router.full, never), *sorted(found, key=lambda one: -ms[one[0]])]
+
+
+def answers(outcomes: Outcomes, router: Router, chain: Sequence[Mapping[str, float]]) -> Integers:
+    """Classes (samples, settings)."""
+    rows = np.arange(len(outcomes))
+    return np.stack([outcomes.predictions[rows, choose(outcomes, router, one).column] for one in chain], axis=1)
+
+
+def _expected_ms(
+    parts: Parts,
+    promise: Promise,
+    router: Router,
+    chain: Sequence[Mapping[str, float]],
+    ms: Mapping[str, float],
+) -> float:
+    """Time of the cheapest setting that the proving part would prove if it lost as the tuning part does."""
+    best = ms[router.full]
+    losses = promise.losses(parts.tune, answers(parts.tune, router, chain))
+    for place, setting in enumerate(chain):
+        for target, (matrix, counts) in zip(promise.targets, losses, strict=True):
+            units = int(counts.mean() * len(np.unique(parts.prove.groups)))
+            errors = round(float(matrix[counts, place].mean()) * units)
+            if binomial_p_value(errors, units, target.bound) > promise.delta:
+                return best
+        best = float(choose(parts.tune, router, setting).cost(parts.tune, router, ms).mean())
+    return best
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Report:
+    parts: Parts
+    promise: Promise
+    router: Router
+    times: Times
+    batches: Sequence[int]
+
+    def rows(
+        self,
+        dynamic: Sequence[Mapping[str, float]],
+        fixed: Sequence[tuple[str, Mapping[str, float]]],
+        ms: Mapping[str, float],
+    ) -> list[Row]:
+        """Everything beside everything, on the test part."""
+        test, prove = self.parts.test, self.parts.prove
+        found = [
+            self._of_setting(path, "fixed", setting, self._is_proved(answers(prove, self.router, [setting])))
+            for path, setting in fixed
+        ]
+        place = self._last_proved(answers(prove, self.router, dynamic))
+        chosen = self._of_setting("ours", DYNAMIC, dynamic[place or 0], place is not None)
+        columns = choose(test, self.router, dynamic[place or 0]).column
+        losses = self.promise.losses(test, test.predictions)[0][0]
+        matrix = rivals.path_ms(test, self.times(test, self.batches[0]))
+        found += [
+            chosen,
+            self._of_columns("random, the same shares", "random", rivals.random_mix(columns, 0), None),
+            self._of_columns("oracle", "oracle", rivals.oracle(losses, matrix), None),
+        ]
+        return found + [self._rival(name, guess, ms) for name, guess in self._guesses().items()]
+
+    def _guesses(self) -> dict[str, Callable[[Outcomes], Floats]]:
+        """Harm of each path, by what is known before anything runs."""
+        tune = self.parts.tune
+        losses = self.promise.losses(tune, tune.predictions)[0][0]
+        found: dict[str, Callable[[Outcomes], Floats]] = {
+            "neighbours": lambda own: rivals.neighbour_harm(tune.features, losses, own.features)
+        }
+        for place, name in enumerate(self.router.features):
+            found[f"by {name.replace('_', ' ')}"] = lambda own, place=place: rivals.binned_harm(  # type: ignore[misc]
+                tune.features[:, place], losses, own.features[:, place]
+            )
+        return found
+
+    def _rival(self, name: str, guess: Callable[[Outcomes], Floats], ms: Mapping[str, float]) -> Row:
+        full = self.parts.test.column(self.router.full)
+
+        def columns(own: Outcomes) -> list[Integers]:
+            matrix, harm = rivals.path_ms(own, ms), guess(own)
+            return [rivals.by_harm(harm, matrix, full, float(price)) for price in prices()]
+
+        prove = self.parts.prove
+        picked = [prove.predictions[np.arange(len(prove)), one] for one in columns(prove)]
+        place = self._last_proved(np.stack(picked, axis=1))
+        return self._of_columns(name, "rival", columns(self.parts.test)[place or 0], place is not None)
+
+    def _is_proved(self, found: Integers) -> bool:
+        return self._last_proved(found) is not None
+
+    def _last_proved(self, found: Integers) -> int | None:
+        try:
+            return self.promise.proved(self.parts.prove, found).setting
+        except CertificateError:
+            return None
+
+    def _of_setting(self, name: str, kind: str, setting: Mapping[str, float], is_proved: bool) -> Row:
+        test = self.parts.test
+        chosen = choose(test, self.router, setting)
+        costs = {batch: chosen.cost(test, self.router, self.times(test, batch)).mean() for batch in self.batches}
+        return self._row(name, kind, chosen.column, costs, is_proved)
+
+    def _of_columns(self, name: str, kind: str, columns: Integers, is_proved: bool | None) -> Row:
+        test = self.parts.test
+        costs = {
+            batch: rivals.picked(rivals.path_ms(test, self.times(test, batch)), columns).mean()
+            for batch in self.batches
+        }
+        return self._row(name, kind, columns, costs, is_proved)
+
+    def _row(self, name: str, kind: str, columns: Integers, costs: Mapping[int, Any], is_proved: bool | None) -> Row:
+        test = self.parts.test
+        matrix, counts = self.promise.losses(test, test.predictions[np.arange(len(test)), columns])[0]
+        return Row(
+            name=name,
+            kind=kind,
+            ms={batch: float(cost) for batch, cost in costs.items()},
+            loss=float(matrix[counts].mean()),
+            is_proved=is_proved,
+            shares=rivals.names(test.paths, columns),
+        )
+
+
+def never_runs(setting: Mapping[str, float], router: Router) -> bool:
+    """Whether a setting sends everything through the full path."""
+    return all(setting[path] >= NEVER for rule in router.families for path in rule.paths)
