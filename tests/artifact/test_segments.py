@@ -31,7 +31,8 @@ from trilevel.artifact.manifest import (
 )
 from trilevel.artifact.probe import write_probes
 from trilevel.artifact.runtime.openvino import openvino_core
-from trilevel.artifact.runtime.predictor import Runtime, load_predictor
+from trilevel.artifact.runtime.predictor import Runtime
+from trilevel.artifact.runtime.steps import SegmentSteps
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.compression.quantize import QuantizeConfig, freeze, quantize
 from trilevel.errors import ArtifactError, ConfigError
@@ -63,10 +64,10 @@ def image_model() -> Any:
     torch.manual_seed(11)
     patches = Patches(image_size=(12, 20), patch_size=(2, 2), num_channels=3, num_extra_tokens=0)
     encoder = EncoderConfig(
-        vocab_size=None, dim=24, num_heads=3, num_layers=2, levels=LEVELS, rope_theta=None, patches=patches
+        vocab_size=None, dim=24, num_heads=3, num_layers=3, levels=LEVELS, rope_theta=None, patches=patches
     )
     labels, mean, deviation = ("a", "b", "c", "d", "e"), (100.0, 110.0, 120.0), (50.0, 60.0, 70.0)
-    config = ImageClassifierConfig(encoder=encoder, labels=labels, mean=mean, deviation=deviation, exits=(1,))
+    config = ImageClassifierConfig(encoder=encoder, labels=labels, mean=mean, deviation=deviation, exits=(1, 2))
     return ImageClassifier(config).eval()
 
 
@@ -132,27 +133,24 @@ def test_segments_of_a_text_classifier_are_the_model(of_text: Artifact, runtime:
 
 
 def check_chain(artifact: Artifact, model: Any, calls: list[dict[str, torch.Tensor]], runtime: Runtime) -> None:
-    segments = len(artifact.manifest.families["float32"])
-    opened = [load_predictor(artifact.segment("float32", number), runtime, threads=1) for number in range(segments)]
+    steps = SegmentSteps(artifact, "float32", runtime, threads=1)
+    assert steps.num_segments == len(artifact.manifest.families["float32"])
     for probe in segment_probes(model, calls):
-        given = dict(probe.inputs)
-        for number, predictor in enumerate(opened):
-            found = predictor.run(given)
-            np.testing.assert_allclose(
-                found["logits"], np.asarray(probe.outputs["logits"], np.float32)[:, number], atol=2e-5
-            )
-            given = {name: array for name, array in given.items() if name == "attention_mask"}
-            given["hidden"] = found.get("hidden", found["logits"])
+        given: Any = dict(probe.inputs)
+        for number in range(steps.num_segments):
+            given, logits = steps.run(number, given)
+            wanted = np.asarray(probe.outputs["logits"], np.float32)[:, number]
+            np.testing.assert_allclose(logits, wanted, atol=2e-5)
 
 
 def test_no_weight_is_stored_twice(of_images: Artifact) -> None:
-    files = [of_images.file(segment_file("float32", number)) for number in range(2)]
+    files = [of_images.file(segment_file("float32", number)) for number in range(3)]
     bytes_of = [
         sum(len(one.raw_data) for one in onnx.load(path).graph.initializer)
         for path in (*files, of_images.file(MODEL_FILE))
     ]
     head = 4 * (24 * 5 + 5 + 2 * 24)
-    assert abs(bytes_of[0] + bytes_of[1] - head - bytes_of[2]) < 5_000
+    assert abs(sum(bytes_of[:3]) - 2 * head - bytes_of[3]) < 7_000
 
 
 @pytest.mark.slow
@@ -167,14 +165,14 @@ def test_int8_segments_answer_as_the_rounded_model(tmp_path: Path) -> None:
         )
     )
     artifact = write(tmp_path / "int8", rounded.eval(), [texts(2, 53)], TEXT_AXES, "int8")
-    opened = [load_predictor(artifact.segment("int8", number), "onnxruntime", threads=1) for number in range(2)]
+    steps = SegmentSteps(artifact, "int8", "onnxruntime", threads=1)
+    assert any("Integer" in kind or kind.startswith("QLinear") for kind in steps.kernels().values())
     (probe,) = segment_probes(rounded, [texts(2, 61)])  # type: ignore[arg-type]
-    given = dict(probe.inputs)
-    for number, predictor in enumerate(opened):
-        assert any("Integer" in kind or kind.startswith("QLinear") for kind in predictor.kernels().values())
-        found, wanted = predictor.run(given), probe.outputs["logits"][:, number]
-        assert np.abs(found["logits"] - wanted).max() <= 2e-2 * np.abs(wanted).max()
-        given = {"hidden": found.get("hidden", found["logits"]), "attention_mask": probe.inputs["attention_mask"]}
+    given: Any = dict(probe.inputs)
+    for number in range(2):
+        given, logits = steps.run(number, given)
+        wanted = np.asarray(probe.outputs["logits"], np.float32)[:, number]
+        assert np.abs(logits - wanted).max() <= 2e-2 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
@@ -185,18 +183,18 @@ def test_one_graph_with_branches_leaves_where_the_margin_suffices(
     expected = [np.asarray(one.outputs["logits"])[0] for one in segment_probes(image_model(), calls)]
     margins = np.array([[np.diff(np.sort(logits)[-2:])[0] for logits in sample] for sample in expected])
     middle = np.median(margins, axis=0)
-    for least in ([middle[0], middle[1]], [middle[0], 0.0], [0.0, 0.0], [1e9, 1e9]):
+    for least in ([*middle], [*middle[:2], 0.0], [0.0, 0.0, 0.0], [1e9, 1e9, 1e9]):
         path = export_branches(of_images, "float32", [float(one) for one in least], tmp_path / "branches.onnx")
         run = opened(path, runtime)
         seen = set()
         for call, sample, own in zip(calls, expected, margins, strict=True):
-            segments = next((number for number in range(2) if own[number] >= least[number]), 2)
+            segments = next((number for number in range(3) if own[number] >= least[number]), 3)
             logits, count = run(call["pixels"].numpy())
             # behind the last segment stands the whole model, which here gives the last one's answer
-            np.testing.assert_allclose(logits[0], sample[min(segments, 1)], atol=2e-5)
-            assert count.tolist() == [[1, 2, 0][segments]]
+            np.testing.assert_allclose(logits[0], sample[min(segments, 2)], atol=2e-5)
+            assert count.tolist() == [[1, 2, 3, 0][segments]]
             seen.add(segments)
-        assert len(seen) == (1 if least[0] in (0.0, 1e9) else 2 if least[1] == 0 else 3)
+        assert len(seen) == 1 if least[0] in (0.0, 1e9) else len(seen) >= 3
 
 
 def opened(path: Path, runtime: str) -> Any:
@@ -210,7 +208,7 @@ def opened(path: Path, runtime: str) -> Any:
 def test_branches_keep_no_graph_that_never_runs(of_images: Artifact, tmp_path: Path) -> None:
     sizes = [
         export_branches(of_images, "float32", least, tmp_path / "a.onnx").stat().st_size
-        for least in ([0.0, 0.0], [1.0, 0.0], [1.0, 1.0])
+        for least in ([0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0])
     ]
     assert sizes[0] < 0.7 * sizes[1] < 0.5 * sizes[2]
 
@@ -219,13 +217,13 @@ def test_branches_keep_no_graph_that_never_runs(of_images: Artifact, tmp_path: P
 
 
 def test_margins_that_are_not_one_a_segment(of_images: Artifact, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="3 margins were given for the 2 segments of float32"):
-        export_branches(of_images, "float32", [1.0, 1.0, 1.0], tmp_path / "a.onnx")
+    with pytest.raises(ConfigError, match="2 margins were given for the 3 segments of float32"):
+        export_branches(of_images, "float32", [1.0, 1.0], tmp_path / "a.onnx")
 
 
 def test_a_segment_that_is_not_there(of_images: Artifact) -> None:
-    with pytest.raises(ArtifactError, match=r"has no segment 3 of 'float32'; its families are: float32 with 2"):
-        of_images.segment("float32", 2)
+    with pytest.raises(ArtifactError, match=r"has no segment 4 of 'float32'; its families are: float32 with 3"):
+        of_images.segment("float32", 3)
     with pytest.raises(ArtifactError, match=r"has no segment 1 of 'int8'"):
         of_images.segment("int8", 0)
 

@@ -24,6 +24,8 @@ CERTIFICATE = Certificate(
     measured={"risk": 0.002, "cost": 0.31},
 )
 
+PROOF = CERTIFICATE.to_dict()["proofs"][0]
+
 
 def written(**changes: Any) -> dict[str, Any]:
     """As it is read from a file, a value changed and sealed again."""
@@ -62,11 +64,31 @@ def test_an_edit_breaks_the_seal(place: tuple[str, ...]) -> None:
         (written(proofs=[{}]), "the certificate is damaged"),
         (written(proofs=[]), "own proofs do not reach its confidence"),
         (written(tries=1_000_000), "own proofs do not reach its confidence"),
-        (written(setting={"int8/1": "x"}), "thresholds are no numbers"),
+        (written(setting={"int8/1": "x"}), "its thresholds cannot be right"),
+        (written(setting={"int8/1": True}), "its thresholds cannot be right"),
+        (written(setting=[2.5]), "its thresholds cannot be right"),
+        (written(hashes=3), "its hashes cannot be right"),
+        (written(hashes={"model": 5}), "its hashes cannot be right"),
+        (written(measured=None), "its measured values cannot be right"),
+        (written(platform={"runtime": "a", "version": 2, "isa": "b", "precision": "c"}), "its platform cannot"),
+        (written(created=5), "its date cannot be right"),
+        (written(seed="3"), "its seed cannot be right"),
+        (written(tries=0), "its number of tries cannot be right"),
+        (written(delta="x"), "its delta cannot be right"),
+        (written(delta=2.0), "its delta cannot be right"),
+        (written(proofs=[dict(PROOF, units="x")]), "its proofs cannot be right"),
+        (written(proofs=[dict(PROOF, errors=4_003)]), "its proofs cannot be right"),
+        (written(proofs=[dict(PROOF, p_value=-0.1)]), "its proofs cannot be right"),
     ],
 )
 def test_what_is_none(values: Any, words: str) -> None:
     with pytest.raises(CertificateError, match=words):
+        Certificate.from_dict(values)
+
+
+def test_a_number_that_is_none_is_an_edit() -> None:
+    values = CERTIFICATE.to_dict() | {"delta": float("nan")}
+    with pytest.raises(CertificateError, match="was changed after it was made"):
         Certificate.from_dict(values)
 
 

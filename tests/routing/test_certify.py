@@ -11,7 +11,7 @@ from scipy.stats import beta
 from trilevel.errors import CertificateError, ConfigError
 from trilevel.routing.certify import certify, prove, samples_missing
 from trilevel.routing.evidence import binomial_p_value
-from trilevel.routing.targets import Target
+from trilevel.routing.targets import Kind, Target
 
 HARM = Target(kind="harm", alpha=0.01)
 
@@ -86,14 +86,28 @@ def test_copies_of_a_sample_prove_nothing_more() -> None:
     assert run(copies) == 0
 
 
-def test_a_group_loses_what_its_members_lose_on_average() -> None:
+def test_a_group_is_one_unit() -> None:
     losses, groups = np.array([1.0, 0.0, 0.0, 0.0, 1.0]), np.array([7, 7, 3, 3, 5])
-    proof = prove(HARM, losses, everyone(5), groups)
-    assert proof.units == 3
-    assert proof.errors is None
-    assert proof.mean == pytest.approx((0.5 + 0 + 1) / 3)
+    bounded = prove(Target(kind="bounded", alpha=0.01), losses, everyone(5), groups)
+    assert (bounded.units, bounded.errors) == (3, None)
+    assert bounded.mean == pytest.approx((0.5 + 0 + 1) / 3)
+    # of plain losses one member is drawn
+    drawn = prove(HARM, losses, everyone(5), groups)
+    assert drawn.units == 3
+    assert drawn.errors in (1, 2)
     some = prove(HARM, losses, np.array([False, True, True, True, True]), groups)
     assert (some.units, some.errors) == (3, 1)
+
+
+def test_the_members_drawn_lose_as_their_groups_do() -> None:
+    rng = np.random.default_rng(31)
+    groups = rng.integers(0, 20_011, 60_000)
+    losses = (rng.random(60_000) < 0.02).astype(float)
+    names, inverse = np.unique(groups, return_inverse=True)
+    mean = (np.bincount(inverse, losses) / np.bincount(inverse)).mean()
+    proof = prove(HARM, losses, everyone(60_000), groups)
+    assert proof.units == len(names)
+    assert proof.mean == pytest.approx(mean, abs=4 * np.sqrt(0.02 / len(names)))
 
 
 # refusal
@@ -105,22 +119,34 @@ def test_refusals_ask_for_the_right_number(errors: int, samples: int, alpha: flo
     target = Target(kind="harm", alpha=alpha)
     losses = np.zeros(samples)
     losses[:errors] = 1
-    proof = prove(target, losses, everyone(samples), np.arange(samples))
-    missing = samples_missing(target, proof, 0.05)
+    missing = samples_missing(target, losses, 0.05)
     if not missing:
         assert binomial_p_value(errors, samples, alpha) <= 0.05
         return
     assert binomial_p_value(errors, samples + missing, alpha) <= 0.05
     assert binomial_p_value(errors, samples + missing - 1, alpha) > 0.05
-    with pytest.raises(CertificateError, match=rf"needs {missing:,} more samples that lose nothing; \({errors} lost\)"):
+    with pytest.raises(CertificateError, match=rf"needs {missing:,} more samples that lose nothing; {errors} of the"):
         certify([target], [(losses[:, None], everyone(samples))], delta=0.05, groups=np.arange(samples))
+
+
+@pytest.mark.parametrize("kind", ["net", "bounded"])
+def test_refusals_of_bets_ask_for_what_suffices(kind: Kind) -> None:
+    target = Target(kind=kind, alpha=0.02)
+    rng = np.random.default_rng(37)
+    units = 0.5 + 0.5 * rng.choice([-1, 0, 1], 101, p=[0.02, 0.95, 0.03]) if kind == "net" else rng.beta(0.2, 9, 101)
+    missing = samples_missing(target, units, 0.05)
+    assert missing > 0
+    more = np.concatenate([units, np.full(missing, target.nothing)])
+    assert samples_missing(target, more, 0.05) == 0
+    assert samples_missing(target, more[:-1], 0.05) == 1
 
 
 def test_the_first_setting_is_never_returned_unproved() -> None:
     with pytest.raises(CertificateError, match=r"not certified at a confidence of 0\.95"):
         run(np.ones((500, 3)))
-    with pytest.raises(CertificateError, match=r"at least .* more samples"):
-        run(np.full((50, 2), 0.5))
+    bounded = Target(kind="bounded", alpha=0.1)
+    with pytest.raises(CertificateError, match=r"more samples that lose nothing; some of the 50 given lose"):
+        certify([bounded], [(np.full((50, 2), 0.5), everyone(50))], delta=0.05, groups=np.arange(50))
     recall = Target(kind="recall", alpha=0.01, label="b")
     with pytest.raises(CertificateError, match=r"recall=b:0\.01 needs 299 more samples"):
         certify([recall], [(np.zeros((5, 1)), np.zeros(5, bool))], delta=0.05, groups=np.arange(5))

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trilevel.artifact.check import check_runtimes, default_runtime
+from trilevel.artifact.explain import Explanation, Recorder
 from trilevel.artifact.manifest import Artifact, Manifest, check_free, read_artifact, write_artifact
+from trilevel.artifact.path_probes import check_path_probes
+from trilevel.artifact.routed import RoutedPredictor, has_paths, read_latency
 from trilevel.artifact.runtime.predictor import Precision, Predictor, Runtime, load_predictor
 from trilevel.artifact.verify import Parity, check_probes
 from trilevel.errors import ArtifactError, ConfigError, TrilevelError
 
+_LOG = logging.getLogger(__name__)
 SHIPPED = "documents"
 """The name of the summariser that ships, where a model is asked for."""
 # the module of a task, what exports and what predicts
@@ -81,14 +86,48 @@ def load(
         threads: that a call may use; None for one a core.
         precision: of what is not quantized; `bfloat16` in OpenVINO alone.
 
+    Inputs of an artifact with paths (`trilevel route`) take a path each, as its certificate says. On another platform
+    than the certificate's all take the full path; a warning in the log says why.
+
     Raises:
         ArtifactError: there is no artifact; it is damaged or of another version; or the runtime gives other answers.
+        CertificateError: its certificate was edited, or is of another model.
         MissingExtraError: the runtime is not installed.
         ConfigError: an option is out of range.
     """
+    artifact, runtime = read_artifact(folder), runtime or default_runtime()
+    if not has_paths(artifact):
+        predictor = load_predictor(artifact, runtime, threads=threads, precision=precision)
+        return Model(artifact, predictor, check_probes(artifact, predictor))
+    routed = RoutedPredictor(artifact, runtime, threads=threads, precision=precision)
+    parity = check_probes(artifact, routed.whole)
+    check_path_probes(artifact, routed.steps)
+    if routed.reason:
+        _LOG.warning("%s: %s", artifact.path, routed.reason)
+    return Model(artifact, routed, parity)
+
+
+def explained(
+    folder: str | Path, inputs: Sequence[str], *, runtime: Runtime, threads: int | None = None
+) -> Iterator[tuple[str, str, Explanation]]:
+    """Name, label and path of each input, one after another.
+
+    Args:
+        folder: artifact with paths.
+        inputs: texts or files, as the application takes them.
+        runtime, threads: see `load`.
+
+    Raises:
+        ArtifactError: the artifact has no paths, or all inputs take the full path here; it says why.
+        InputError: an input cannot be used.
+    """
     artifact = read_artifact(folder)
-    predictor = load_predictor(artifact, runtime or default_runtime(), threads=threads, precision=precision)
-    return Model(artifact, predictor, check_probes(artifact, predictor))
+    recorder = Recorder(RoutedPredictor(artifact, runtime, threads=threads), read_latency(artifact))
+    task = open_task(artifact, recorder)
+    for given in inputs:
+        (prediction,) = task.predict([given])
+        if recorder.found:
+            yield given, str(prediction.label), recorder.found.pop()
 
 
 def open_task(artifact: Artifact, predictor: Predictor) -> Any:

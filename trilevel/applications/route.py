@@ -5,256 +5,47 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from trilevel.applications.artifacts import export
-from trilevel.applications.compress import load_task
-from trilevel.applications.kinds import model_kind
-from trilevel.artifact.export.artifact import check_target, precision_of
-from trilevel.artifact.export.segments import export_segments, segment_probes
+from trilevel.applications.images.recipe import data_path
+from trilevel.applications.route_family import Origin, Progress, Tell, default_plan, make_family
+from trilevel.applications.route_outcomes import Machine, collect, sample_ms, time_paths
+from trilevel.artifact.check import default_runtime
 from trilevel.artifact.manifest import (
     CERTIFICATE_FILE,
     LATENCY_FILE,
-    MODEL_FILE,
-    PATHS_FILE,
+    PAGE_FILE,
     ROUTER_FILE,
+    ROUTING_FILE,
     Artifact,
+    check_free,
     is_artifact,
+    labels_of,
     read_artifact,
     write_artifact,
 )
+from trilevel.artifact.path_probes import check_path_probes
 from trilevel.artifact.platform import isa_class
-from trilevel.artifact.probe import write_probes
 from trilevel.artifact.routed import model_hash
-from trilevel.artifact.runtime.predictor import Precision, Runtime
 from trilevel.artifact.runtime.steps import SegmentSteps
-from trilevel.compression.compress import compress
 from trilevel.compression.plan import CompressionPlan
-from trilevel.compression.task import CompressionTask
 from trilevel.compression.written import read_json, write_json
 from trilevel.errors import ConfigError, InputError
-from trilevel.report.machine import machine_block
-from trilevel.routing.executor import run_path
+from trilevel.report.routing import route_page
+from trilevel.routing.certificate import Certificate, Platform, digest, share_of_delta
+from trilevel.routing.decision import DYNAMIC, Decision, Parts, Promise, decide
 from trilevel.routing.features import features_of
-from trilevel.routing.latency import LatencyTable, measure
-from trilevel.routing.outcomes import Outcomes, load_outcomes
+from trilevel.routing.latency import LatencyTable
+from trilevel.routing.outcomes import split_groups
 from trilevel.routing.paths import Family
-from trilevel.routing.paths import Path as ModelPath
-from trilevel.routing.router import margin
-from trilevel.routing.samples import Samples
+from trilevel.routing.samples import Samples, check_apart, without_known
+from trilevel.routing.targets import Target
 
-FULL = "float32/1"
-"""The whole graph, in one segment."""
-BATCHES = (1, 8, 32)
-_LENGTHS = 4
-Tell = Callable[[str], None]
-Progress = Callable[[str, float], None]
-
-
-def make_family(
-    source: str | Path,
-    plan: CompressionPlan,
-    work: Path,
-    *,
-    seed: int,
-    limit: int | None,
-    progress: Progress,
-    show_progress: bool,
-    tell: Tell,
-) -> Artifact:
-    """The artifact of a classifier, whole in float32, with the segments that a plan makes of it beside.
-
-    Args:
-        source: run of a classifier; it stays the reference.
-        plan: with exits and rounding.
-        work: folder of what is kept between calls.
-        seed: of training.
-        limit: training examples, for a try.
-        progress, show_progress, tell: told of what is done.
-
-    Raises:
-        ConfigError: the plan has no exits or no rounding, or the run is no float classifier without exits.
-        as `compress` and `export`.
-    """
-    kinds = [stage.name for stage in plan.stages]
-    if not {"exits", "quantize"} <= set(kinds):
-        raise ConfigError(
-            f"the plan has the stages {', '.join(kinds)}; paths need [exits] and [quantize], as recipes/paths-*.toml "
-            "have them."
-        )
-    task = load_task(source, limit=limit, options=plan.data, progress=progress)
-    if precision_of(task.model) != "float32" or getattr(task.model.config, "exits", None) != ():
-        raise ConfigError(f"{source} must be a float image or text classifier without exits: it is the reference.")
-    made = compress(task, plan, work / "model", seed=seed, progress=progress, show_progress=show_progress)
-    folder = work / "draft"
-    key = {"source": task.source_sha256, "model": made.report["stages"][-1]["key"]}
-    if read_json(work / "draft.json") == key and is_artifact(folder):
-        return read_artifact(folder)
-    whole = export(source, work / "whole", tell=tell)
-    tell("writing the segments")
-    artifact = _with_segments(whole, made.model, task, work)
-    write_json(work / "draft.json", key)
-    return artifact
-
-
-def _with_segments(whole: Artifact, model: Any, task: CompressionTask, work: Path) -> Artifact:
-    check_target(model, "portable")
-    family = precision_of(model)
-    calls, axes = _calls(task, whole, model)
-    files = work / "segments"
-    shutil.rmtree(files, ignore_errors=True)
-    files.mkdir(parents=True)
-    largest = max(calls, key=lambda call: min((min(len(given), 2), given.numel()) for given in call.values()))
-    segments = export_segments(model.eval(), family, largest, axes, files)
-    origin = task.run.origin  # type: ignore[attr-defined]  # of both classifiers
-    settings = dict(whole.manifest.settings) | {"valid_fraction": origin.valid_fraction}
-    if hasattr(origin, "columns"):
-        settings |= {"label_column": origin.columns.label, "split_column": origin.columns.split}
-    manifest = replace(whole.manifest, settings=settings, families={family: segments})
-    wanted: dict[str, Callable[[Path], None]] = {
-        name: partial(shutil.copyfile, whole.file(name)) for name in whole.hashes
-    }
-    wanted |= {name: partial(shutil.copyfile, files / name) for name in manifest.segment_files}
-    probes = segment_probes(model, calls)
-    wanted[PATHS_FILE] = lambda path: write_probes(probes, path)
-    return write_artifact(work / "draft", manifest, wanted)
-
-
-def _calls(task: CompressionTask, whole: Artifact, model: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Inputs to trace and probe with, and the axes of all that segments read and give."""
-    from trilevel.applications.probes import image_calls, text_calls
-
-    axes: dict[str, Any] = {name: tensor.axes for name, tensor in whole.manifest.inputs.items()}
-    axes |= {name: tensor.axes for name, tensor in whole.manifest.outputs.items()}
-    config = model.config
-    if task.kind == "images":
-        patches = config.patches
-        axes["hidden"] = ("batch", patches.num_tokens, config.encoder.dim)
-        return image_calls((patches.num_channels, *patches.image_size)), axes
-    axes["hidden"] = ("batch", "tokens", config.encoder.dim)
-    tokenizer = task.run.tokenizer  # type: ignore[attr-defined]
-    return text_calls(tokenizer, max_tokens=config.max_tokens, padding_id=config.padding_id), axes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What paths are run with: runtime, threads, precision of what is not quantized."""
-
-    runtime: Runtime
-    threads: int | None = None
-    precision: Precision = "float32"
-
-    def open(self, artifact: Artifact) -> dict[str, SegmentSteps]:
-        """The steps of all families, the full path's last."""
-        options: dict[str, Any] = {"threads": self.threads, "precision": self.precision}
-        steps = {name: SegmentSteps(artifact, name, self.runtime, **options) for name in artifact.manifest.families}
-        return steps | {ModelPath.parse(FULL).family.name: SegmentSteps(artifact, None, self.runtime, **options)}
-
-    def key(self, artifact: Artifact, steps: Mapping[str, SegmentSteps]) -> dict[str, Any]:
-        """What answers and times depend on."""
-        version = next(iter(steps.values())).version
-        return {
-            "model": model_hash(artifact),
-            "runtime": self.runtime,
-            "version": version,
-            "isa": isa_class(),
-            "threads": self.threads,
-            "precision": self.precision,
-        }
-
-
-def collect(
-    artifact: Artifact,
-    machine: Machine,
-    samples: Samples,
-    steps: Mapping[str, SegmentSteps],
-    kept: Path,
-    *,
-    progress: Progress,
-    what: str,
-) -> Outcomes:
-    """What every path answers for samples, from a file if it was found before."""
-    key = machine.key(artifact, steps) | {"samples": samples.sha256}
-    del key["threads"]
-    if read_json(kept.with_suffix(".json")) == key and kept.exists():
-        return load_outcomes(kept)
-    names, features = features_of(samples.task)
-    predictions, margins, paths = [], [], []
-    total, done = len(samples) * len(steps), 0
-    for family, own in steps.items():
-        deepest = Family.parse(family).at(own.num_segments)
-
-        def count(run: Any, name: str = family, last: int = own.num_segments - 1) -> None:
-            nonlocal done
-            done += run.batch if run.segment == last else 0
-            progress(f"{what}: {name}", done / total)
-
-        outputs = run_path(
-            samples.rows, own, deepest, max_batch=32, length_of=samples.length_of, collate=samples.collate,
-            on_batch=count,
-        )  # fmt: skip
-        predictions.append(outputs.argmax(-1))
-        margins.append(margin(outputs))
-        paths += [Family.parse(family).at(segment + 1).name for segment in range(own.num_segments)]
-    found = Outcomes(
-        paths=tuple(paths),
-        full=FULL,
-        predictions=np.concatenate(predictions, axis=1),
-        margins=np.concatenate(margins, axis=1),
-        features=np.concatenate([features(samples.collate([row], samples.length_of(row))) for row in samples.rows]),
-        lengths=samples.lengths,
-        groups=samples.groups,
-        labels=samples.labels,
-    )
-    assert found.features.shape[1] == len(names)
-    found.save(kept)
-    write_json(kept.with_suffix(".json"), key)
-    return found
-
-
-def time_paths(
-    artifact: Artifact,
-    machine: Machine,
-    samples: Samples,
-    steps: Mapping[str, SegmentSteps],
-    kept: Path,
-    *,
-    batches: Sequence[int] = BATCHES,
-    budget_s: float = 60.0,
-    progress: Progress,
-) -> LatencyTable:
-    """Milliseconds of every segment at usual batches and lengths, from a file if measured before on this machine."""
-    key = machine.key(artifact, steps) | {"batches": list(batches), "samples": samples.sha256}
-    before = read_json(kept)
-    if before.get("key") == key:
-        return LatencyTable.from_dict(before["table"])
-    _, features = features_of(samples.task)
-    lengths = np.unique(np.quantile(samples.lengths, np.linspace(0, 1, _LENGTHS), method="nearest")).tolist()
-    table = measure(
-        steps,
-        samples.example,
-        batches=batches,
-        lengths=[int(length) for length in lengths],
-        machine=machine_block(),
-        router=features,
-        budget_s=budget_s,
-        progress=progress,
-    )
-    write_json(kept, {"key": key, "table": table.to_dict()})
-    return table
-
-
-def sample_ms(table: LatencyTable, outcomes: Outcomes, batch: int) -> dict[str, npt.NDArray[np.float64]]:
-    """Milliseconds of each path for each sample at a batch size, (samples,) by the path's name."""
-    lengths = np.clip(outcomes.lengths, table.lengths[0], table.lengths[-1])
-    return {path: table.ms(path, batch, lengths) / batch for path in outcomes.paths}
+TRIES_FILE = "tries.json"
 
 
 def load_samples(artifact: Artifact, data: str | Path, *, split: str | None, limit: int | None) -> Samples:
@@ -272,7 +63,267 @@ def load_samples(artifact: Artifact, data: str | Path, *, split: str | None, lim
     return loaders[artifact.manifest.task](artifact, data, split=split, limit=limit)
 
 
-__all__ = [
-    "CERTIFICATE_FILE", "LATENCY_FILE", "MODEL_FILE", "ROUTER_FILE", "UTC", "InputError", "Machine", "collect",
-    "datetime", "json", "load_samples", "make_family", "model_kind", "sample_ms", "time_paths",
-]  # fmt: skip
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How paths are chosen and proved.
+
+    Args:
+        targets: what is promised; the first decides.
+        confidence: that the promise holds, such as 0.95.
+        seed: of the split, and of training.
+        limit: samples of each split, for a try.
+        drop_known: leave out samples that the model was trained on, instead of refusing them.
+        budget_s: of measuring times.
+    """
+
+    targets: tuple[Target, ...]
+    confidence: float = 0.95
+    seed: int = 0
+    limit: int | None = None
+    drop_known: bool = False
+    budget_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        if not self.targets:
+            raise ConfigError("no target: say what is promised, as in harm:0.01.")
+        if not 0 < self.confidence < 1:
+            raise ConfigError(f"confidence={self.confidence} must lie between 0 and 1, as in 0.95.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """What routing made: the artifact, and the numbers of its report."""
+
+    artifact: Artifact
+    report: dict[str, Any]
+
+
+def route(
+    source: str | Path,
+    data: str | Path | None,
+    out: str | Path,
+    options: Options,
+    *,
+    plan: CompressionPlan | None = None,
+    machine: Machine | None = None,
+    work: str | Path | None = None,
+    progress: Progress = lambda _what, _done: None,
+    show_progress: bool = True,
+    tell: Tell = lambda _what: None,
+) -> Routing:
+    """Write an artifact in which every input takes the cheapest path that a certificate allows.
+
+    Made before and not changed, the family of cheap paths, their times and their answers are taken from `work`.
+
+    Args:
+        source: run of a float classifier, the reference; or an artifact with paths, to certify it anew.
+        data: held-out data with labels. The data of the run's own training is split as it was for that, and its
+            training part is not touched; None names it. Of other data all is held out.
+        out: artifact to write.
+        options: see there.
+        plan: how the cheap family is made of the run; None for exits after every third of the blocks, and INT8.
+        machine: what runs the paths; the certificate is of it alone.
+        work: folder of what is kept between calls; default `OUT.work`.
+        progress, show_progress, tell: told of what is done.
+
+    Raises:
+        InputError: the data cannot be used, overlaps with the training, or lacks what a target needs.
+        ConfigError, CheckpointError, ArtifactError, MissingExtraError: as the parts say.
+    """
+    out = Path(out)
+    check_free(out)
+    folder = Path(f"{out}.work") if work is None else Path(work)
+    machine = machine or Machine(runtime=default_runtime())
+    if is_artifact(source):
+        artifact, origin = read_artifact(source), None
+    else:
+        made = make_family(
+            source, plan or default_plan(), folder, seed=options.seed, limit=options.limit, progress=progress,
+            show_progress=show_progress, tell=tell,
+        )  # fmt: skip
+        artifact, origin = made
+    if not artifact.manifest.families:
+        raise ConfigError(f"{source} is an artifact with one path. Name the run it was made of, to make others.")
+    steps = machine.open(artifact)
+    check_path_probes(artifact, steps)
+    split = _split(artifact, origin, data, options)
+    return _routed(artifact, split, out, options, machine, steps, folder, progress)
+
+
+def _split(artifact: Artifact, origin: Origin | None, data: str | Path | None, options: Options) -> dict[str, Samples]:
+    """Samples that fit, prove and report; no group in two of them, none that the model was trained on."""
+    if data is None and origin is None:
+        raise InputError("an artifact knows no data. Name data with labels that its model has not seen.")
+    path = data_path(origin.path if data is None and origin is not None else data or "")
+    is_own = origin is not None and path.resolve() == Path(origin.path).resolve()
+    load = partial(load_samples, artifact, path, limit=options.limit)
+    if not is_own:
+        parts = _parted(load(split=None), (0.25, 0.5, 0.25), options.seed)
+    else:
+        held = load(split="valid")
+        try:
+            test: Samples | None = load(split="test")
+        except InputError:
+            test = None
+        parts = _parted(held, (0.25, 0.5, 0.25) if test is None else (1 / 3, 2 / 3), options.seed)
+        parts += [] if test is None else [test]
+    known = set() if origin is None else set(load_samples(artifact, origin.path, split="train", limit=None).digests)
+    named = dict(zip(("tune", "prove", "test"), parts, strict=True))
+    for name, samples in named.items():
+        if options.drop_known:
+            named[name] = without_known(samples, known)
+        else:
+            check_apart(samples, known, what=f"{path} ({name})")
+    return named
+
+
+def _parted(samples: Samples, shares: Sequence[float], seed: int) -> list[Samples]:
+    return [samples.some(rows.tolist()) for rows in split_groups(samples.groups, shares, seed=seed)]
+
+
+def _routed(
+    artifact: Artifact,
+    split: Mapping[str, Samples],
+    out: Path,
+    options: Options,
+    machine: Machine,
+    steps: Mapping[str, SegmentSteps],
+    work: Path,
+    progress: Progress,
+) -> Routing:
+    table = time_paths(
+        artifact, machine, split["tune"], steps, work / "latency.json", budget_s=options.budget_s, progress=progress
+    )
+    found = {
+        name: collect(artifact, machine, samples, steps, work / f"{name}.npz", progress=progress, what=name)
+        for name, samples in split.items()
+    }
+    tries = _tries(work, artifact, split["prove"], options, machine)
+    delta = (1 - options.confidence) * share_of_delta(tries)
+    promise = Promise(targets=options.targets, delta=delta, labels=tuple(labels_of(artifact.manifest)))
+    families = {
+        name: [Family.parse(name).at(segment + 1).name for segment in range(len(segments))]
+        for name, segments in artifact.manifest.families.items()
+    }
+    decision = decide(
+        Parts(tune=found["tune"], prove=found["prove"], test=found["test"]),
+        promise,
+        families,
+        features_of(artifact.manifest.task)[0],
+        partial(sample_ms, table),
+        batches=table.batches,
+    )
+    certificate = _certificate(artifact, decision, promise, options, machine, steps, split["prove"], tries)
+    report = _report(artifact, decision, certificate, split, table, options, machine)
+    return Routing(artifact=_written(artifact, out, decision, certificate, table, report), report=report)
+
+
+def _tries(work: Path, artifact: Artifact, samples: Samples, options: Options, machine: Machine) -> int:
+    """How often these samples were asked for a proof, this time included; the same question again is no new one."""
+    question = digest([model_hash(artifact), [one.name for one in options.targets], options.confidence, options.seed,
+                       machine.runtime])  # fmt: skip
+    asked: dict[str, list[str]] = read_json(work / TRIES_FILE)
+    before = asked.get(samples.sha256, [])
+    if CERTIFICATE_FILE in artifact.hashes and not before:
+        made = Certificate.from_dict(json.loads(artifact.file(CERTIFICATE_FILE).read_text(encoding="utf-8")))
+        before = [""] * made.tries if made.hashes.get("data") == samples.sha256 else []
+    if question not in before:
+        before = [*before, question]
+        write_json(work / TRIES_FILE, asked | {samples.sha256: before})
+    return before.index(question) + 1
+
+
+def _certificate(
+    artifact: Artifact,
+    decision: Decision,
+    promise: Promise,
+    options: Options,
+    machine: Machine,
+    steps: Mapping[str, SegmentSteps],
+    samples: Samples,
+    tries: int,
+) -> Certificate | None:
+    if decision.certified is None:
+        return None
+    chosen = next(row for row in decision.rows if row.name == ("ours" if decision.kind == DYNAMIC else decision.kind))
+    return Certificate(
+        proofs=decision.certified.proofs,
+        delta=1 - options.confidence,
+        setting=decision.setting,
+        hashes={
+            "model": model_hash(artifact),
+            "router": decision.router.sha256,
+            "data": samples.sha256,
+            "settings": digest([dict(one) for one in decision.chain]),
+        },
+        platform=Platform(
+            runtime=machine.runtime,
+            version=next(iter(steps.values())).version,
+            isa=isa_class(),
+            precision=machine.precision,
+        ),
+        seed=options.seed,
+        tries=tries,
+        created=datetime.now(UTC).date().isoformat(),
+        measured={"test_loss": chosen.loss, "test_ms": chosen.ms[min(chosen.ms)]},
+    )
+
+
+def _report(
+    artifact: Artifact,
+    decision: Decision,
+    certificate: Certificate | None,
+    split: Mapping[str, Samples],
+    table: LatencyTable,
+    options: Options,
+    machine: Machine,
+) -> dict[str, Any]:
+    rows = [asdict(row) | {"ms": {str(batch): ms for batch, ms in row.ms.items()}} for row in decision.rows]
+    loss = {row.name: -row.loss for row in decision.rows if row.kind == "fixed"}
+    return {
+        "case": "route",
+        "task": artifact.manifest.task,
+        "name": artifact.manifest.name,
+        "targets": [target.name for target in options.targets],
+        "confidence": options.confidence,
+        "samples": {name: len(samples) for name, samples in split.items()},
+        "kind": decision.kind,
+        "promise": decision.refusal if certificate is None else certificate.said(),
+        "is_certified": certificate is not None,
+        "rows": rows,
+        "dominated": table.dominated(loss),
+        "threads": machine.threads,
+        "machine": dict(table.machine),
+    }
+
+
+def _written(
+    artifact: Artifact,
+    out: Path,
+    decision: Decision,
+    certificate: Certificate | None,
+    table: LatencyTable,
+    report: Mapping[str, Any],
+) -> Artifact:
+    texts: dict[str, Any] = {
+        ROUTER_FILE: decision.router.to_dict(),
+        LATENCY_FILE: table.to_dict(),
+        ROUTING_FILE: report,
+    }
+    if certificate is not None:
+        texts[CERTIFICATE_FILE] = certificate.to_dict()
+    files: dict[str, Callable[[Path], None]] = {
+        name: partial(shutil.copyfile, artifact.file(name)) for name in artifact.hashes if name not in _REPLACED
+    }
+    files |= {name: partial(write_json, values=values) for name, values in texts.items()}
+    page = route_page(report)
+    files[PAGE_FILE] = lambda path: _write(path, page)
+    return write_artifact(out, artifact.manifest, files)
+
+
+_REPLACED = (ROUTER_FILE, LATENCY_FILE, ROUTING_FILE, CERTIFICATE_FILE, PAGE_FILE)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
+
+import numpy.typing as npt
 
 from trilevel.artifact.probe import Arrays
 from trilevel.artifact.routed import RoutedPredictor, lengths_of, rows_of
@@ -84,6 +87,29 @@ def explain(predictor: RoutedPredictor, table: LatencyTable, inputs: Arrays) -> 
     if predictor.rule is None:
         raise ArtifactError(predictor.reason)
     return [_explained(predictor, table, inputs, row, int(length)) for row, length in enumerate(lengths_of(inputs))]
+
+
+class Recorder:
+    """A `Predictor` that explains every row that it runs.
+
+    Attributes:
+        found: explanations, in the order of the rows.
+    """
+
+    def __init__(self, predictor: RoutedPredictor, table: LatencyTable) -> None:
+        self._predictor, self._table = predictor, table
+        self.runtime: str = predictor.runtime
+        self.version, self.precision = predictor.version, predictor.precision
+        self.found: list[Explanation] = []
+
+    def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
+        """Logits (rows, classes)."""
+        self.found += explain(self._predictor, self._table, inputs)
+        return self._predictor.run(inputs)
+
+    def kernels(self) -> Mapping[str, str]:
+        """Those of the predictor."""
+        return self._predictor.kernels()
 
 
 def _explained(predictor: RoutedPredictor, table: LatencyTable, inputs: Arrays, row: int, length: int) -> Explanation:

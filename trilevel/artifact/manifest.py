@@ -25,10 +25,13 @@ PATHS_FILE = "paths.npz"
 ROUTER_FILE = "router.json"
 CERTIFICATE_FILE = "certificate.json"
 LATENCY_FILE = "latency.json"
+ROUTING_FILE = "routing.json"
 PAGE_FILE = "report.html"
 FILES = {MODEL_FILE, PROBE_FILE, TOKENIZER_FILE, CARD_FILE, REPORT_FILE}
-ROUTING_FILES = {PATHS_FILE, ROUTER_FILE, CERTIFICATE_FILE, LATENCY_FILE, PAGE_FILE}
+ROUTING_FILES = {PATHS_FILE, ROUTER_FILE, CERTIFICATE_FILE, LATENCY_FILE, ROUTING_FILE, PAGE_FILE}
 """Of an artifact with paths."""
+NEXT = "next_"
+"""Begins the name of what a segment gives to the input of that name of the next one."""
 _FAMILY = re.compile(r"[a-z][a-z0-9_]*")
 ARTIFACT = Kind("artifact", "trilevel-artifact", 1, MANIFEST_FILE, ArtifactError, is_sealed=True)
 PRECISIONS = ("float32", "int8", "int4")

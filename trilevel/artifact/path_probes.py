@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from trilevel.artifact.manifest import PATHS_FILE, Artifact
-from trilevel.artifact.probe import read_probes
-from trilevel.artifact.runtime.predictor import Precision, Runtime
+from trilevel.artifact.probe import Probe, read_probes
 from trilevel.artifact.runtime.steps import SegmentSteps
 from trilevel.artifact.verify import INTEGER_BFLOAT16_TOLERANCE, INTEGER_TOLERANCE, TOLERANCES, Parity, compared
 from trilevel.errors import ArtifactError
 
 
-def path_parity(
-    artifact: Artifact, runtime: Runtime, *, threads: int | None = None, precision: Precision = "float32"
-) -> dict[str, Parity]:
-    """How the logits behind all segments of each family differ from those expected, by the family's name.
+def path_parity(artifact: Artifact, steps: Mapping[str, SegmentSteps]) -> dict[str, Parity]:
+    """How the logits behind all segments of each open family differ from those expected, by the family's name.
 
     Raises:
         ArtifactError: the artifact holds no probes of its paths, or the runtime cannot run a segment.
-        MissingExtraError: the runtime is not installed.
     """
-    found = {}
-    for family, segments in artifact.manifest.families.items():
-        steps = SegmentSteps(artifact, family, runtime, threads=threads, precision=precision)
-        pairs = []
-        for probe in read_probes(artifact, PATHS_FILE):
-            arrays = dict(probe.inputs)
-            for segment in range(len(segments)):
-                arrays, logits = steps.run(segment, arrays)
-                pairs.append((logits, probe.outputs["logits"][:, segment]))
-        kind = family.partition("/")[0]
-        if kind == "int8":
-            limit = INTEGER_TOLERANCE if precision == "float32" else INTEGER_BFLOAT16_TOLERANCE
-        else:
-            limit = TOLERANCES["float32", precision]
-        found[family] = compared(pairs, runtime=runtime, precision=precision, limit=limit)
-    return found
+    probes = read_probes(artifact, PATHS_FILE)
+    return {name: _parity(probes, name, steps[name]) for name in artifact.manifest.families if name in steps}
 
 
-def check_path_probes(artifact: Artifact, runtime: Runtime, *, threads: int | None = None) -> None:
+def _parity(probes: Sequence[Probe], family: str, steps: SegmentSteps) -> Parity:
+    pairs = []
+    for probe in probes:
+        arrays = dict(probe.inputs)
+        for segment in range(steps.num_segments):
+            arrays, logits = steps.run(segment, arrays)
+            pairs.append((logits, probe.outputs["logits"][:, segment]))
+    if family.partition("/")[0] == "int8":
+        limit = INTEGER_TOLERANCE if steps.precision == "float32" else INTEGER_BFLOAT16_TOLERANCE
+    else:
+        limit = TOLERANCES["float32", steps.precision]
+    return compared(pairs, runtime=steps.runtime, precision=steps.precision, limit=limit)
+
+
+def check_path_probes(artifact: Artifact, steps: Mapping[str, SegmentSteps]) -> None:
     """Raise `ArtifactError` unless all segments give the answers they were made to give."""
-    for family, parity in path_parity(artifact, runtime, threads=threads).items():
+    for family, parity in path_parity(artifact, steps).items():
         if not parity.holds:
             raise ArtifactError(
-                f"{artifact.path}: the segments of {family} differ in {runtime} by {parity.difference:.2g} of the "
-                f"largest value, {parity.tolerance:g} is allowed. Use another runtime, or route the model again."
+                f"{artifact.path}: the segments of {family} differ in {parity.runtime} by {parity.difference:.2g} of "
+                f"the largest value, {parity.tolerance:g} is allowed. Use another runtime, or route the model again."
             )

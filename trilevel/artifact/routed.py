@@ -13,7 +13,7 @@ import numpy.typing as npt
 from trilevel.artifact.manifest import CERTIFICATE_FILE, LATENCY_FILE, MODEL_FILE, ROUTER_FILE, Artifact
 from trilevel.artifact.platform import isa_class
 from trilevel.artifact.probe import Arrays
-from trilevel.artifact.runtime.predictor import Precision, Runtime
+from trilevel.artifact.runtime.predictor import Precision, Predictor, Runtime
 from trilevel.artifact.runtime.steps import SegmentSteps
 from trilevel.errors import ArtifactError, InputError
 from trilevel.routing.certificate import Certificate, Platform, digest
@@ -126,7 +126,8 @@ class RoutedPredictor:
         setting: Mapping[str, float] | None = None,
     ) -> None:
         self.router = read_router(artifact)
-        self.runtime, self.precision = runtime, precision
+        self.runtime: str = runtime
+        self.precision = precision
         _, self.features = features_of(artifact.manifest.task)
         self._inputs = artifact.manifest.inputs
         self.paths = paths_of(self.router)
@@ -155,6 +156,11 @@ class RoutedPredictor:
             return certificate.setting
         self.reason += f", so every input takes the full path. To certify here: trilevel certify {artifact.path} DATA"
         return None
+
+    @property
+    def whole(self) -> Predictor:
+        """The graph that is the full path."""
+        return self.steps[self.paths.full.family.name].first
 
     @property
     def platform(self) -> Platform:

@@ -8,13 +8,26 @@ import typer
 from typer.core import TyperGroup
 
 import trilevel
-from trilevel.cli import bench, compress, convert, demo, evaluate, export, info, predict, summarize, train, verify
+from trilevel.cli import (
+    bench,
+    compress,
+    convert,
+    demo,
+    evaluate,
+    export,
+    info,
+    predict,
+    route,
+    summarize,
+    train,
+    verify,
+)
 from trilevel.cli.exits import INTERRUPTED, USAGE_ERROR
 from trilevel.errors import TrilevelError
 
 COMMANDS = (
-    *("demo", "summarize", "convert", "train", "compress", "export", "verify", "evaluate", "predict", "bench"),
-    "info",
+    *("demo", "summarize", "convert", "train", "compress", "export", "route", "certify", "route-explain", "verify"),
+    *("evaluate", "predict", "bench", "info"),
 )
 
 
@@ -73,6 +86,9 @@ app.command("convert")(convert.convert)
 app.add_typer(train.app, name="train")
 app.command("compress")(compress.compress)
 app.command("export")(export.export)
+app.command("route")(route.route)
+app.command("certify")(route.certify)
+app.command("route-explain")(route.route_explain)
 app.command("verify")(verify.verify)
 app.add_typer(evaluate.app, name="evaluate")
 app.command("predict")(predict.predict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -25,27 +25,45 @@ def render(content: ReportContent) -> str:
     Raises:
         MissingExtraError: jinja2 or matplotlib is not installed (extra `report`).
     """
-    jinja2 = require("jinja2", extra="report")
     markup = require("markupsafe", extra="report").Markup
-    environment = jinja2.Environment(
+    page: str = (
+        environment()
+        .get_template("report.html")
+        .render(
+            content=content,
+            style=style(),
+            blocks=list(_blocks(content.units)),
+            layers=[(layer, list(maps)) for layer, maps in groupby(content.level_maps, key=lambda shown: shown.layer)],
+            picture=lambda shown: markup(plots.level_map(shown)),
+            bars={name: markup(plots.bars(content.contenders, name)) for name in ("seconds", "memory")},
+            colours=plots.COLOURS,
+            machine=list(machine_rows(content.machine)),
+        )
+    )
+    return page
+
+
+def environment() -> Any:
+    """Of the templates; everything is escaped that is no markup of our own.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed (extra `report`).
+    """
+    jinja2 = require("jinja2", extra="report")
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"mib": _mib, "seconds": _seconds}
-    page: str = environment.get_template("report.html").render(
-        content=content,
-        style=markup((_TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        blocks=list(_blocks(content.units)),
-        layers=[(layer, list(maps)) for layer, maps in groupby(content.level_maps, key=lambda shown: shown.layer)],
-        picture=lambda shown: markup(plots.level_map(shown)),
-        bars={name: markup(plots.bars(content.contenders, name)) for name in ("seconds", "memory")},
-        colours=plots.COLOURS,
-        machine=list(_machine(content.machine)),
-    )
-    return page
+    made.filters |= {"mib": _mib, "seconds": _seconds}
+    return made
+
+
+def style() -> Any:
+    """The style sheet of all pages, as markup."""
+    return require("markupsafe", extra="report").Markup((_TEMPLATES / "report.css").read_text(encoding="utf-8"))
 
 
 def write_report(path: Path, content: ReportContent) -> None:
@@ -93,7 +111,8 @@ def _block(members: list[tuple[int, UnitView]]) -> tuple[str, int, list[tuple[in
     return first.kind, min(6, 2 + max(1, first.level)), members
 
 
-def _machine(machine: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def machine_rows(machine: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The machine block as names and texts."""
     for name, value in machine.items():
         if isinstance(value, dict):
             shown = ", ".join(f"{key} {item}" for key, item in value.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import Any
 
@@ -62,6 +62,23 @@ def bars(contenders: Sequence[Contender], measure: str) -> str:
         text = f"{value:.2f}" if measure == "seconds" else f"{value:,.0f}"
         axes.text(value + 0.012 * largest, place, text, va="center", color=_TEXT, fontsize=9)
     return _svg(figure, f"bars-{measure}")
+
+
+def time_and_loss(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Ways to run a model: milliseconds of the first batch size across, loss upwards, proved ones filled."""
+    figure, axes = _figure(6.4, 3.6)
+    kinds = {"dynamic": COLOURS["local"], "fixed": "#8a93a3", "oracle": COLOURS["regional"]}
+    for row in rows:
+        colour = kinds.get(row["kind"], COLOURS["global"])
+        ms = next(iter(row["ms"].values()))
+        axes.plot(ms, row["loss"], "o", ms=7, mec=colour, mfc=colour if row["is_proved"] else "none")
+        axes.annotate(
+            row["name"], (ms, row["loss"]), xytext=(6, 4), textcoords="offset points", color=_TEXT, fontsize=8
+        )
+    axes.set_xlim(left=0)
+    axes.set_xlabel("milliseconds of a sample; filled: proved")
+    axes.set_ylabel("loss")
+    return _svg(figure, "time-and-loss")
 
 
 def _value(contender: Contender, measure: str) -> float | None:

@@ -57,7 +57,7 @@ class Certificate:
         hashes: SHA-256 by name: `model` (all graphs), `router`, `data`, `settings` (the ordered family).
         platform: where it was made.
         seed: of the split.
-        tries: how often calibration data of this kind was used before and now; delta is divided by them.
+        tries: how often this data was asked for a proof, this time included; see `share_of_delta`.
         created: date, ISO 8601.
         measured: what else was seen on the calibration data, for people.
     """
@@ -90,7 +90,12 @@ class Certificate:
         if not isinstance(values, Mapping) or values.get("format") != FORMAT or values.get("version") != VERSION:
             raise CertificateError(f"this is no {FORMAT} of version {VERSION}. {_AGAIN}")
         own = {name: value for name, value in values.items() if name != SEAL}
-        if values.get(SEAL) != _seal(own):
+        try:
+            is_whole = values.get(SEAL) == _seal(own)
+        except ValueError:
+            # a number that is none
+            is_whole = False
+        if not is_whole:
             raise CertificateError(f"the certificate was changed after it was made, so it proves nothing. {_AGAIN}")
         try:
             for name in ("format", "version", "assumes"):
@@ -100,10 +105,13 @@ class Certificate:
             found = cls(**own)
         except (KeyError, TypeError) as error:
             raise CertificateError(f"the certificate is damaged ({error}). {_AGAIN}") from error
-        if not found.proofs or any(not proof.p_value <= found.delta / found.tries for proof in found.proofs):
+        wrong = [name for name, is_right in _right(found) if not is_right]
+        if wrong:
+            raise CertificateError(f"the certificate is damaged: its {wrong[0]} cannot be right. {_AGAIN}")
+        if not found.proofs or any(
+            not proof.p_value <= found.delta * share_of_delta(found.tries) for proof in found.proofs
+        ):
             raise CertificateError(f"the certificate's own proofs do not reach its confidence. {_AGAIN}")
-        if not all(isinstance(x, (int, float)) and math.isfinite(x) for x in found.setting.values()):
-            raise CertificateError(f"the certificate's thresholds are no numbers. {_AGAIN}")
         return found
 
     def check(self, hashes: Mapping[str, str]) -> None:
@@ -120,6 +128,57 @@ class Certificate:
             f"{bounds} at a confidence of {1 - self.delta:g}, from {units:,} held-out units, on "
             f"{self.platform.runtime} {self.platform.version} ({self.platform.isa}, {self.platform.precision})"
         )
+
+
+def _right(found: Certificate) -> list[tuple[str, bool]]:
+    """Whether each part of a certificate from a file has the types and the range of one."""
+    platform = dataclasses.astuple(found.platform)
+    return [
+        ("thresholds", _is_table(found.setting) and all(map(_is_number, found.setting.values()))),
+        ("hashes", _is_table(found.hashes) and all(isinstance(one, str) for one in found.hashes.values())),
+        ("measured values", _is_table(found.measured)),
+        ("platform", all(isinstance(part, str) for part in platform)),
+        ("date", isinstance(found.created, str)),
+        ("seed", _is_count(found.seed)),
+        ("number of tries", _is_count(found.tries) and found.tries > 0),
+        ("delta", _is_number(found.delta) and 0 < found.delta < 1),
+        ("proofs", all(map(_is_proof, found.proofs))),
+    ]
+
+
+def _is_proof(proof: Proof) -> bool:
+    errors = proof.errors
+    return (
+        isinstance(proof.target, str)
+        and _is_count(proof.units)
+        and _is_number(proof.mean)
+        and (errors is None or (_is_count(errors) and errors <= proof.units))
+        and _is_number(proof.p_value)
+        and 0 <= proof.p_value <= 1
+    )
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def share_of_delta(tries: int) -> float:
+    """Of the chance of being wrong, what the so-manieth question to the same data gets: together they get all of it.
+
+    Most goes to the first, as later ones are made because it was answered with no.
+
+    >>> [round(share_of_delta(tries), 4) for tries in (1, 2, 3)]
+    [0.9, 0.09, 0.009]
+    """
+    return float(0.9 * 0.1 ** (tries - 1))
 
 
 def digest(values: Any) -> str:

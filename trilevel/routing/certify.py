@@ -14,6 +14,7 @@ from trilevel.routing.evidence import betting_p_value, binomial_p_value, samples
 from trilevel.routing.targets import Target
 
 Floats = npt.NDArray[np.floating[Any]]
+_MOST_MISSING = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +47,9 @@ class Certified:
 def prove(target: Target, losses: Floats, counts: npt.NDArray[np.bool_], groups: npt.NDArray[Any]) -> Proof:
     """Test one target on held-out losses (samples,).
 
-    What is exchangeable are groups, not samples: each group is one unit and its loss the mean of its members. Units
-    that are all 0 or 1 get the exact binomial test, others the betting test.
+    What is exchangeable are groups, not samples, and the risk is the mean over groups of the mean loss of a group's
+    members. Of losses that are 0 or 1 one member of each group is drawn, blindly, and the exact binomial test taken; of
+    others each group is its mean, and the betting test taken. Which of the two follows from the target alone.
 
     Args:
         target: see there.
@@ -55,16 +57,27 @@ def prove(target: Target, losses: Floats, counts: npt.NDArray[np.bool_], groups:
         counts: (samples,), which of them the target is about.
         groups: (samples,), equal where samples depend on each other.
     """
-    _, inverse = np.unique(groups[counts], return_inverse=True)
-    members = np.bincount(inverse)
-    units = np.bincount(inverse, weights=losses[counts]) / np.maximum(members, 1)
-    is_plain = bool(np.isin(units, (0.0, 1.0)).all())
-    errors = int(units.sum()) if is_plain else None
-    if errors is not None:
-        p_value = binomial_p_value(errors, len(units), target.bound)
-    else:
+    return _proof(target, _units(target, losses, counts, groups))
+
+
+def _units(target: Target, losses: Floats, counts: npt.NDArray[np.bool_], groups: npt.NDArray[Any]) -> Floats:
+    """The loss of each group, in the order of the groups' names."""
+    rows = np.flatnonzero(counts)
+    if target.is_plain:
+        drawn = np.random.default_rng(0).permutation(rows)
+        _, first = np.unique(groups[drawn], return_index=True)
+        return np.asarray(losses[drawn[first]], np.float64)
+    _, inverse = np.unique(groups[rows], return_inverse=True)
+    return np.asarray(np.bincount(inverse, weights=losses[rows]) / np.maximum(np.bincount(inverse), 1), np.float64)
+
+
+def _proof(target: Target, units: Floats) -> Proof:
+    errors = int(units.sum()) if target.is_plain else None
+    if errors is None:
         p_value = betting_p_value(units, target.bound)
-    mean = float(units.mean()) if len(units) else float("nan")
+    else:
+        p_value = binomial_p_value(errors, len(units), target.bound)
+    mean = float(units.mean()) if len(units) else 0.0
     return Proof(target=target.name, units=len(units), mean=mean, errors=errors, p_value=p_value)
 
 
@@ -97,43 +110,53 @@ def certify(
         raise InputError("every target needs losses of the same samples and settings.")
     found: Certified | None = None
     for setting in range(losses[0][0].shape[1]):
-        proofs = tuple(
-            prove(target, matrix[:, setting], counts, groups)
+        units = [
+            _units(target, matrix[:, setting], counts, groups)
             for target, (matrix, counts) in zip(targets, losses, strict=True)
-        )
+        ]
+        proofs = tuple(_proof(target, own) for target, own in zip(targets, units, strict=True))
         if any(proof.p_value > delta for proof in proofs):
             if found is None:
-                raise CertificateError(_refusal(targets, proofs, delta))
+                raise CertificateError(_refusal(targets, units, delta))
             break
         found = Certified(setting=setting, proofs=proofs)
     assert found is not None
     return found
 
 
-def samples_missing(target: Target, proof: Proof, delta: float) -> int:
+def samples_missing(target: Target, units: Floats, delta: float) -> int:
     """How many more units would prove a target if none of them lost anything; 0 if it is proved.
 
-    Exact for losses of 0 and 1. For others the fewest with which units of these losses, all at the mean, could be
-    proved; with their scatter it takes more.
+    Exact for losses of 0 and 1. Of others it is found by betting on so many more that lose nothing, behind those given.
     """
+    proof = _proof(target, units)
     if proof.p_value <= delta:
         return 0
-    # with losses between 0 and 1 the mean loss of all units is that of so many whole errors
-    errors = proof.errors if proof.errors is not None else int(np.ceil(proof.units * proof.mean))
-    return max(1, samples_needed(errors, target.bound, delta) - proof.units)
+    if proof.errors is not None:
+        return samples_needed(proof.errors, target.bound, delta) - proof.units
+    low, high = 0, 64
+    while not _is_proved_by(target, units, high, delta):
+        low, high = high, 2 * high
+        if high > _MOST_MISSING:
+            return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _is_proved_by(target, units, middle, delta) else (middle, high)
+    return high
 
 
-def _refusal(targets: Sequence[Target], proofs: Sequence[Proof], delta: float) -> str:
+def _is_proved_by(target: Target, units: Floats, more: int, delta: float) -> bool:
+    return _proof(target, np.concatenate([units, np.full(more, target.nothing)])).p_value <= delta
+
+
+def _refusal(targets: Sequence[Target], units: Sequence[Floats], delta: float) -> str:
     said = []
-    for target, proof in zip(targets, proofs, strict=True):
-        missing = samples_missing(target, proof, delta)
+    for target, own in zip(targets, units, strict=True):
+        missing = samples_missing(target, own, delta)
         if missing:
-            seen = "lost on average" if proof.errors is None else f"({proof.errors} lost) of"
-            mean = f"{proof.mean:.4f} " if proof.errors is None else ""
-            least = "at least " if proof.errors is None else ""
+            lost = f"{int(own.sum())} of" if target.is_plain else "some of"
             said.append(
-                f"{target.name} needs {least}{missing:,} more samples that lose nothing; {mean}{seen} {proof.units:,} "
-                "were given"
+                f"{target.name} needs {missing:,} more samples that lose nothing; {lost} the {len(own):,} given lose"
             )
     return (
         f"not certified at a confidence of {1 - delta:g}: {'; '.join(said)}. Give more held-out samples, or allow a "

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from trilevel.errors import CertificateError
 from trilevel.routing import rivals
-from trilevel.routing.certify import Certified, certify
-from trilevel.routing.evidence import binomial_p_value
+from trilevel.routing.certify import Certified, certify, prove
 from trilevel.routing.harm import NEVER
 from trilevel.routing.outcomes import Outcomes
 from trilevel.routing.router import START, Router, choose, fit_router, prices, settings, thresholds
@@ -33,7 +32,7 @@ class Row:
         name: of the way.
         kind: `fixed`, `dynamic`, `random`, `oracle` or `rival`.
         ms: mean milliseconds of a sample, by batch size.
-        loss: mean loss of the first target.
+        loss: mean loss of the first target, on the scale of its bound.
         is_proved: whether the targets were proved for it; None for what no setting leads to.
         shares: of the paths.
     """
@@ -96,6 +95,16 @@ class Promise:
             for one in self.targets
         ]
 
+    def path_losses(self, outcomes: Outcomes) -> Floats:
+        """What each path's answer loses of the first target, (samples, paths), 0 for nothing; of `net` the harm."""
+        first = self.targets[0]
+        if first.kind == "net":
+            first = Target(kind="harm", alpha=first.alpha)
+        losses, counts = losses_of(
+            first, outcomes.predictions, outcomes.full_predictions, truth=outcomes.labels, labels=self.labels
+        )
+        return losses * counts[:, None]
+
     def proved(self, outcomes: Outcomes, answers: Integers) -> Certified:
         """The cheapest proved column of answers (samples, settings), safest first; see `certify`."""
         return certify(self.targets, self.losses(outcomes, answers), delta=self.delta, groups=outcomes.groups)
@@ -126,8 +135,7 @@ def decide(
         InputError: the data lacks what a target needs.
     """
     tune = parts.tune
-    path_losses = promise.losses(tune, tune.predictions)[0][0]
-    router = fit_router(tune, path_losses, families, features)
+    router = fit_router(tune, promise.path_losses(tune), families, features)
     ms = {path: float(np.asarray(own, np.float64).mean()) for path, own in times(tune, batches[0]).items()}
     dynamic, fixed = settings(tune, router, ms), fixed_settings(router, ms)
     chains = {DYNAMIC: dynamic, "fixed": [setting for _, setting in fixed]}
@@ -181,9 +189,10 @@ def _expected_ms(
     losses = promise.losses(parts.tune, answers(parts.tune, router, chain))
     for place, setting in enumerate(chain):
         for target, (matrix, counts) in zip(promise.targets, losses, strict=True):
+            own = matrix[counts, place]
             units = int(counts.mean() * len(np.unique(parts.prove.groups)))
-            errors = round(float(matrix[counts, place].mean()) * units)
-            if binomial_p_value(errors, units, target.bound) > promise.delta:
+            drawn = np.random.default_rng(0).choice(own, units) if len(own) else own
+            if prove(target, drawn, np.ones(len(drawn), bool), np.arange(len(drawn))).p_value > promise.delta:
                 return best
         best = float(choose(parts.tune, router, setting).cost(parts.tune, router, ms).mean())
     return best
@@ -204,15 +213,15 @@ class _Report:
         ms: Mapping[str, float],
     ) -> list[Row]:
         """Everything beside everything, on the test part."""
-        test, prove = self.parts.test, self.parts.prove
+        test, proving = self.parts.test, self.parts.prove
         found = [
-            self._of_setting(path, "fixed", setting, self._is_proved(answers(prove, self.router, [setting])))
+            self._of_setting(path, "fixed", setting, self._is_proved(answers(proving, self.router, [setting])))
             for path, setting in fixed
         ]
-        place = self._last_proved(answers(prove, self.router, dynamic))
+        place = self._last_proved(answers(proving, self.router, dynamic))
         chosen = self._of_setting("ours", DYNAMIC, dynamic[place or 0], place is not None)
         columns = choose(test, self.router, dynamic[place or 0]).column
-        losses = self.promise.losses(test, test.predictions)[0][0]
+        losses = self.promise.path_losses(test)
         matrix = rivals.path_ms(test, self.times(test, self.batches[0]))
         found += [
             chosen,
@@ -224,7 +233,7 @@ class _Report:
     def _guesses(self) -> dict[str, Callable[[Outcomes], Floats]]:
         """Harm of each path, by what is known before anything runs."""
         tune = self.parts.tune
-        losses = self.promise.losses(tune, tune.predictions)[0][0]
+        losses = self.promise.path_losses(tune)
         found: dict[str, Callable[[Outcomes], Floats]] = {
             "neighbours": lambda own: rivals.neighbour_harm(tune.features, losses, own.features)
         }
@@ -241,8 +250,8 @@ class _Report:
             matrix, harm = rivals.path_ms(own, ms), guess(own)
             return [rivals.by_harm(harm, matrix, full, float(price)) for price in prices()]
 
-        prove = self.parts.prove
-        picked = [prove.predictions[np.arange(len(prove)), one] for one in columns(prove)]
+        proving = self.parts.prove
+        picked = [proving.predictions[np.arange(len(proving)), one] for one in columns(proving)]
         place = self._last_proved(np.stack(picked, axis=1))
         return self._of_columns(name, "rival", columns(self.parts.test)[place or 0], place is not None)
 
@@ -276,7 +285,7 @@ class _Report:
             name=name,
             kind=kind,
             ms={batch: float(cost) for batch, cost in costs.items()},
-            loss=float(matrix[counts].mean()),
+            loss=self.promise.targets[0].shown(float(matrix[counts].mean())),
             is_proved=is_proved,
             shares=rivals.names(test.paths, columns),
         )

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ Booleans = npt.NDArray[np.bool_]
 START = "start"
 FORMAT = "trilevel-router"
 VERSION = 1
+_ROUNDS = 3
+# shares of the samples that begin with a family
+_STARTS = (1.0, 0.99, 0.97, 0.95, 0.9, 0.8, 0.6)
 
 
 def margin(logits: Floats) -> Floats:
@@ -141,17 +145,26 @@ def fit_router(
     return Router(full=outcomes.full, families=tuple(rules), features=tuple(features))
 
 
-def thresholds(router: Router, price: float, ms: Mapping[str, float]) -> dict[str, float]:
+def thresholds(
+    router: Router,
+    price: float,
+    ms: Mapping[str, float],
+    *,
+    saved: Mapping[str, float] | None = None,
+    starts: Mapping[str, float] | None = None,
+) -> dict[str, float]:
     """What one number, the price, makes of a router: the most harm of a start, the least margin of an exit.
 
-    Leaving is worth it where the harm expected is at most the price of what is saved: the rest of the family's
-    segments, or the full path behind the last of them, as shares of the full path's time. A price of 0 sends everything
-    through the full path.
+    Leaving is worth it where the harm expected is at most the price of what is saved, as a share of the full path's
+    time. A price of 0 sends everything through the full path.
 
     Args:
         router: see there.
         price: of one full path's time, in harm, >= 0.
         ms: milliseconds of each path from its beginning, of a usual sample.
+        saved: milliseconds that leaving behind each path saves; None for the most it can be: the rest of the family,
+            the full path behind its last.
+        starts: most harm with which each family is begun; None for any.
 
     Raises:
         ConfigError: the price is below 0, or a path has no time.
@@ -159,14 +172,23 @@ def thresholds(router: Router, price: float, ms: Mapping[str, float]) -> dict[st
     missing = [path for rule in router.families for path in (*rule.paths, router.full) if path not in ms]
     if not price >= 0 or missing:
         raise ConfigError(f"price={price} must be >= 0, and no time is known for {missing}.")
-    found, full = {}, ms[router.full]
+    saved = most_saved(router, ms) if saved is None else saved
+    found: dict[str, float] = {}
     for rule in router.families:
-        last = ms[rule.paths[-1]]
-        found[f"{rule.name}/{START}"] = min(1.0, price * max(0.0, full - last) / full) if price else -1.0
+        found[f"{rule.name}/{START}"] = (1.0 if starts is None else starts[rule.name]) if price else -1.0
         for path, harm in zip(rule.paths, rule.exits, strict=True):
-            saved = full if path == rule.paths[-1] else last - ms[path]
-            found[path] = harm.least_margin(price * saved / full)
+            found[path] = harm.least_margin(price * saved[path] / ms[router.full])
     return found
+
+
+def most_saved(router: Router, ms: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds that leaving behind each path saves at most."""
+    full = ms[router.full]
+    return {
+        path: full if path == rule.paths[-1] else ms[rule.paths[-1]] - ms[path]
+        for rule in router.families
+        for path in rule.paths
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,12 +262,53 @@ def prices(count: int = 60) -> Floats:
 def settings(
     outcomes: Outcomes, router: Router, ms: Mapping[str, float], wanted: Sequence[float] | None = None
 ) -> list[dict[str, float]]:
-    """Settings from safe to cheap: one for each price that makes the samples cheaper than all before."""
+    """Settings from safe to cheap: one for each price that makes the samples cheaper than all before.
+
+    What leaving saves is what those that stay go on to take, found on the samples; families are begun with the most
+    harm that makes the samples cheapest.
+    """
     found, cheapest = [], np.inf
     for price in prices() if wanted is None else wanted:
-        setting = thresholds(router, float(price), ms)
+        setting = _fitted(outcomes, router, ms, float(price))
         cost = choose(outcomes, router, setting).cost(outcomes, router, ms).mean()
         if cost < cheapest - 1e-9:
             found.append(setting)
             cheapest = cost
+    return found
+
+
+def _fitted(outcomes: Outcomes, router: Router, ms: Mapping[str, float], price: float) -> dict[str, float]:
+    saved = most_saved(router, ms)
+    for _ in range(_ROUNDS):
+        saved |= _saved(outcomes, router, ms, thresholds(router, price, ms, saved=saved))
+    best, cheapest = thresholds(router, price, ms, saved=saved), np.inf
+    bounds = {rule.name: np.quantile(rule.start.harm(outcomes.features), _STARTS) for rule in router.families}
+    for place in range(len(_STARTS)):
+        starts = {name: float(own[place]) for name, own in bounds.items()}
+        setting = thresholds(router, price, ms, saved=saved, starts=starts)
+        cost = choose(outcomes, router, setting).cost(outcomes, router, ms).mean()
+        if cost < cheapest - 1e-9:
+            best, cheapest = setting, cost
+    return best
+
+
+def _saved(
+    outcomes: Outcomes, router: Router, ms: Mapping[str, float], setting: Mapping[str, float]
+) -> dict[str, float]:
+    """What those that do not leave behind a path take afterwards, on average; nothing where all leave."""
+    found = {}
+    for rule in router.families:
+        later = np.where(
+            outcomes.margins[:, outcomes.column(rule.paths[-1])] >= setting[rule.paths[-1]], 0, ms[router.full]
+        )
+        spent = {rule.paths[-1]: np.full(len(outcomes), ms[router.full])}
+        for before, path in reversed(list(pairwise(rule.paths))):
+            later = later + ms[path] - ms[before]
+            spent[before] = later
+            leaves = outcomes.margins[:, outcomes.column(before)] >= setting[before]
+            later = np.where(leaves, 0, later)
+        for path, own in spent.items():
+            stays = outcomes.margins[:, outcomes.column(path)] < setting[path]
+            if stays.any():
+                found[path] = float(own[stays].mean())
     return found

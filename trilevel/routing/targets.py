@@ -58,6 +58,20 @@ class Target:
         """Of the mean of `losses_of`, which are from 0 to 1: alpha, for `net` on the scale that makes -1 a 0."""
         return (1 + self.alpha) / 2 if self.kind == "net" else self.alpha
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether a sample loses all or nothing, 1 or 0."""
+        return self.kind in ("agreement", "harm", "recall")
+
+    @property
+    def nothing(self) -> float:
+        """The loss, on the scale of `losses_of`, of an answer as good as the full path's."""
+        return 0.5 if self.kind == "net" else 0.0
+
+    def shown(self, mean: float) -> float:
+        """A mean of `losses_of` on the scale of alpha."""
+        return 2 * mean - 1 if self.kind == "net" else mean
+
 
 def parse_target(text: str) -> Target:
     """A target as it is written on the command line.

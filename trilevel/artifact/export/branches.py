@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trilevel.artifact.manifest import MODEL_FILE, Artifact, segment_file
+from trilevel.artifact.manifest import MODEL_FILE, NEXT, Artifact, segment_file
 from trilevel.errors import ConfigError, require
 
 LOGITS, HIDDEN, SEGMENTS_RUN = "logits", "hidden", "segments_run"
@@ -83,7 +83,7 @@ class _Builder:
         if is_last and whole is None:
             return nodes, weights, logits, run
         # the mask, where there is one, is the model's own
-        inner = self.inputs | {HIDDEN: f"{number + 1}/{HIDDEN}"}
+        inner = self.inputs | {HIDDEN: f"{number + 1}/{NEXT}{HIDDEN}"}
         then = self._graph([], [], logits, run, f"then{number}")
         other = self._graph(*self.behind(parts, whole, number + 1, inner), f"else{number}")
         made = [f"{number + 1}/{name}/chosen" for name in (LOGITS, SEGMENTS_RUN)]

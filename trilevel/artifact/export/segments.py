@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trilevel.artifact.export.onnx import export_onnx
-from trilevel.artifact.manifest import Segment, segment_file
+from trilevel.artifact.manifest import NEXT, Segment, segment_file
 from trilevel.artifact.probe import Probe
 from trilevel.model.exits import Segmented, run_segment, run_segments
 
@@ -41,7 +41,7 @@ class SegmentGraph(nn.Module):
                 heads[place] = nn.Identity()
 
     def forward(self, inputs: Tensor, attention_mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """Map inputs, or what the segment before gave, to `hidden` and `logits`; the last one to `logits` alone."""
+        """Map inputs, or what the segment before gave, to `next_hidden` and `logits`, the last to `logits` alone."""
         padding = None if attention_mask is None else attention_mask == 0
         hidden = self.model.embed(inputs, padding) if self.segment == 0 else inputs
         hidden, logits = run_segment(self.model, self.segment, hidden, padding)
@@ -65,11 +65,11 @@ def export_segments(
         folder: to write to.
     """
     made = []
-    given = dict(example)
+    given, named = dict(example), {**axes, NEXT + HIDDEN: axes[HIDDEN]}
     for number in range(len(model.config.exits) + 1):
         graph = SegmentGraph(model, number).eval()
-        names = LOGITS if graph.is_last else (HIDDEN, LOGITS)
-        inputs, outputs = export_onnx(graph, given, axes, folder / segment_file(family, number), output=names)
+        names = LOGITS if graph.is_last else (NEXT + HIDDEN, LOGITS)
+        inputs, outputs = export_onnx(graph, given, named, folder / segment_file(family, number), output=names)
         made.append(Segment(inputs=inputs, outputs=outputs))
         if not graph.is_last:
             with torch.no_grad():

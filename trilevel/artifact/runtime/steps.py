@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trilevel.artifact.manifest import Artifact
+from trilevel.artifact.manifest import NEXT, Artifact
 from trilevel.artifact.probe import Arrays
 from trilevel.artifact.runtime.predictor import Precision, Predictor, Runtime, load_predictor
 
@@ -44,13 +44,20 @@ class SegmentSteps:
             load_predictor(part, runtime, threads=threads, precision=precision) for part in parts
         ]
         self.num_segments = len(parts)
+        self.runtime, self.precision = runtime, precision
         self.version = self._predictors[0].version
+
+    @property
+    def first(self) -> Predictor:
+        """The graph of the first segment; of the whole model, its only one."""
+        return self._predictors[0]
 
     def run(self, segment: int, arrays: Arrays) -> tuple[dict[str, npt.NDArray[Any]], Outputs]:
         """What the next segment reads, and logits (batch, classes), of inputs or of what the segment before gave."""
         found = self._predictors[segment].run(arrays)
         logits = found.pop(_LOGITS)
-        return found | self._kept(segment + 1, arrays), logits
+        state = {name.removeprefix(NEXT): array for name, array in found.items()}
+        return self._kept(segment + 1, arrays) | state, logits
 
     def _kept(self, segment: int, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Inputs that the next segment reads too, such as the mask."""

@@ -1,0 +1,205 @@
+"""Routing from end to end on small images: the artifact, its certificate, its explanations, what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from tests.applications.images.tiny import LABELS, RECIPE, make_image, train_tiny, write_images
+from trilevel.applications.artifacts import load
+from trilevel.applications.images.recipe import Schedule
+from trilevel.applications.route import Options, Routing, route
+from trilevel.applications.route_family import default_plan, make_family
+from trilevel.applications.route_outcomes import Machine
+from trilevel.artifact.manifest import CERTIFICATE_FILE, read_artifact
+from trilevel.artifact.platform import isa_class
+from trilevel.artifact.routed import RoutedPredictor, read_certificate, read_router
+from trilevel.cli.main import app
+from trilevel.compression.exits import ExitsConfig
+from trilevel.compression.plan import CompressionPlan, Recovery, Stage
+from trilevel.compression.quantize import QuantizeConfig
+from trilevel.errors import ArtifactError, CertificateError, ConfigError, InputError
+from trilevel.routing.targets import Target
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+TARGETS = (Target(kind="harm", alpha=0.05),)
+PLAN = CompressionPlan(
+    stages=(
+        Stage(name="exits", config=ExitsConfig(segments=2), recovery=Recovery(steps=60)),
+        Stage(name="quantize", config=QuantizeConfig(), recovery=Recovery(steps=5)),
+    )
+)
+MACHINE = Machine(runtime="onnxruntime", threads=1)
+SILENT: dict[str, Any] = {"show_progress": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("route")
+    train_tiny(made, recipe=replace(RECIPE, schedule=Schedule(steps=120)))
+    write_images(made / "held", 400, seed=7)
+    return made
+
+
+@pytest.fixture(scope="module")
+def routed(folder: Path) -> Routing:
+    return route(
+        folder / "run",
+        folder / "held",
+        folder / "artifact",
+        Options(targets=TARGETS, budget_s=1.0),
+        plan=PLAN,
+        machine=MACHINE,
+        **SILENT,
+    )
+
+
+def pixels(count: int) -> np.ndarray:
+    return np.stack([make_image(LABELS[seed % 2], 90_000 + seed)[None] for seed in range(count)])
+
+
+def test_the_artifact_is_certified_and_answers(routed: Routing, folder: Path) -> None:
+    artifact = routed.artifact
+    assert routed.report["is_certified"]
+    assert routed.report["samples"] == {"tune": 200, "prove": 400, "test": 200}
+    assert {row["kind"] for row in routed.report["rows"]} == {"fixed", "dynamic", "random", "oracle", "rival"}
+    certificate = read_certificate(artifact, read_router(artifact))
+    assert certificate is not None
+    assert certificate.platform.isa == isa_class()
+    assert certificate.proofs[0].target == "harm:0.05"
+    model = load(folder / "artifact", runtime="onnxruntime", threads=1)
+    files = sorted((folder / "held").rglob("*.png"))[:30]
+    found = model.predict(files)
+    assert np.mean([one.label == path.parent.name for one, path in zip(found, files, strict=True)]) > 0.8
+    assert "Certified" in (artifact.path / "report.html").read_text()
+    # what was made on the way is taken from there, and the same certificate comes out
+    again = route(
+        folder / "run",
+        folder / "held",
+        folder / "again",
+        Options(targets=TARGETS, budget_s=1.0),
+        plan=PLAN,
+        machine=MACHINE,
+        work=folder / "artifact.work",
+        **SILENT,
+    )
+    assert again.report["rows"] == routed.report["rows"]
+
+
+def test_a_sample_gets_what_it_gets_alone(routed: Routing) -> None:
+    given = pixels(37)
+    setting = {"int8/start": 1.0, "int8/1": 1.0, "int8/2": 1.5}
+    predictor = RoutedPredictor(routed.artifact, "onnxruntime", threads=1, setting=setting)
+    together = predictor.route({"pixels": given})
+    assert len({one.path for one in together}) >= 2
+    for row in range(len(given)):
+        (alone,) = predictor.route({"pixels": given[row : row + 1]})
+        assert alone.path == together[row].path
+        np.testing.assert_allclose(alone.output, together[row].output, atol=1e-5)
+
+
+def test_another_platform_takes_the_full_path_and_says_so(
+    routed: Routing, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("trilevel.artifact.routed.isa_class", lambda: "amx_int8")
+    with caplog.at_level(logging.WARNING):
+        model = load(folder / "artifact", runtime="onnxruntime", threads=1)
+    assert f"isa {isa_class()} and here amx_int8, so every input takes the full path" in caplog.text
+    assert "trilevel certify" in caplog.text
+    predictor = RoutedPredictor(routed.artifact, "onnxruntime", threads=1)
+    assert {one.path for one in predictor.route({"pixels": pixels(5)})} == {"float32/1"}
+    assert model.predict([next((folder / "held").rglob("*.png"))])[0].label in LABELS
+    done = CliRunner().invoke(app, ["route-explain", str(folder / "artifact"), "x.png", "--runtime", "onnxruntime"])
+    assert done.exit_code == 2
+
+
+def test_thresholds_edited_by_hand_are_refused(routed: Routing, folder: Path) -> None:
+    shutil.copytree(folder / "artifact", folder / "edited")
+    path = folder / "edited" / CERTIFICATE_FILE
+    values = json.loads(path.read_text())
+    values["setting"]["int8/1"] = 0.0
+    path.write_text(json.dumps(values))
+    # the artifact's own hash says it first
+    with pytest.raises(ArtifactError, match=r"certificate\.json"):
+        read_artifact(folder / "edited")
+    artifact = replace(routed.artifact, hashes={**routed.artifact.hashes, "int8-1.onnx": "0" * 64})
+    with pytest.raises(CertificateError, match="of another model than what is here"):
+        read_certificate(artifact, read_router(routed.artifact))
+
+
+def test_explanations(folder: Path, routed: Routing) -> None:
+    path = str(next((folder / "held").rglob("*.png")))
+    options = ["route-explain", str(folder / "artifact"), path, "--runtime", "onnxruntime", "--threads", "1"]
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, done.output
+    assert "the full path takes" in done.output
+    found = json.loads(CliRunner().invoke(app, [*options, "--json"]).output)
+    assert found["source"] == path
+    assert found["path"] in ("int8/1", "int8/2", "float32/1")
+    predictor = RoutedPredictor(routed.artifact, "onnxruntime", threads=1)
+    # one row of the same file
+    assert found["full_ms"] > 0
+    assert predictor.rule is not None
+
+
+def test_certified_anew_on_another_runtime(folder: Path, routed: Routing) -> None:
+    shutil.copytree(folder / "artifact", folder / "other")
+    write_images(folder / "fresh", 300, seed=11)
+    done = CliRunner().invoke(
+        app,
+        [
+            *("certify", str(folder / "other"), str(folder / "fresh"), "--runtime", "openvino", "--threads", "1"),
+            *("--max-loss", "0.05", "--json"),
+        ],
+    )
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.output.strip().splitlines()[-1])
+    assert report["is_certified"]
+    artifact = read_artifact(folder / "other")
+    certificate = read_certificate(artifact, read_router(artifact))
+    assert certificate is not None
+    assert certificate.platform.runtime == "openvino"
+
+
+# what is refused
+
+
+def test_known_samples(folder: Path, routed: Routing) -> None:
+    shutil.copytree(folder / "images", folder / "known")
+    options = Options(targets=TARGETS, budget_s=1.0)
+    arguments: dict[str, Any] = {"plan": PLAN, "machine": MACHINE, "work": folder / "artifact.work", **SILENT}
+    with pytest.raises(InputError, match="are among those that the model was trained on"):
+        route(folder / "run", folder / "known", folder / "no", options, **arguments)
+    assert not (folder / "no").exists()
+    found = route(folder / "run", folder / "known", folder / "few", replace(options, drop_known=True), **arguments)
+    assert not found.report["is_certified"]
+    assert "more samples" in found.report["promise"]
+    model = load(folder / "few", runtime="onnxruntime", threads=1)
+    assert model.predict([next((folder / "known").rglob("*.png"))])[0].label in LABELS
+
+
+def test_plans_and_models_that_make_no_paths(folder: Path, routed: Routing) -> None:
+    assert [stage.name for stage in default_plan().stages] == ["exits", "quantize"]
+    arguments: dict[str, Any] = {"seed": 0, "limit": None, "progress": lambda *_: None, "tell": print, **SILENT}
+    plain = replace(PLAN, stages=PLAN.stages[1:])
+    with pytest.raises(ConfigError, match=r"the plan has the stages quantize; paths need \[exits\] and \[quantize\]"):
+        make_family(folder / "run", plain, folder / "work", **arguments)
+    with pytest.raises(ConfigError, match="must be a float image or text classifier without exits"):
+        make_family(folder / "artifact.work" / "model", PLAN, folder / "work", **arguments)
+    with pytest.raises(InputError, match="an artifact knows no data"):
+        route(folder / "artifact", None, folder / "no", Options(targets=TARGETS), machine=MACHINE)
+    with pytest.raises(ConfigError, match=r"confidence=1 must lie between 0 and 1"):
+        Options(targets=TARGETS, confidence=1)
+    with pytest.raises(ConfigError, match="no target: say what is promised"):
+        Options(targets=())
+    done = CliRunner().invoke(app, ["route", str(folder / "run"), "d", "o", "--target", "harms:0.1"])
+    assert done.exit_code == 2
+    assert "target 'harms' is unknown" in done.stderr

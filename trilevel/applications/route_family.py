@@ -1,0 +1,133 @@
+"""The family of cheap paths: a copy of a classifier with exits in INT8, as segments beside the whole graph."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from trilevel.applications.artifacts import export
+from trilevel.applications.compress import load_task
+from trilevel.artifact.export.artifact import check_target, precision_of
+from trilevel.artifact.export.segments import export_segments, segment_probes
+from trilevel.artifact.manifest import PATHS_FILE, Artifact, is_artifact, read_artifact, write_artifact
+from trilevel.artifact.probe import write_probes
+from trilevel.compression.compress import compress
+from trilevel.compression.distill import DistillConfig
+from trilevel.compression.exits import ExitsConfig
+from trilevel.compression.plan import CompressionPlan, Recovery, Stage
+from trilevel.compression.quantize import QuantizeConfig
+from trilevel.compression.task import CompressionTask
+from trilevel.compression.written import read_json, write_json
+from trilevel.errors import ConfigError
+
+Tell = Callable[[str], None]
+Progress = Callable[[str, float], None]
+
+
+class Origin(Protocol):
+    """What a run says of its data."""
+
+    path: str
+    valid_fraction: float
+
+
+def default_plan() -> CompressionPlan:
+    """Exits after every third of the blocks, trained by the run for 300 steps; then INT8, 100 steps."""
+    return CompressionPlan(
+        stages=(
+            Stage(name="exits", config=ExitsConfig(), recovery=Recovery(steps=300)),
+            Stage(name="quantize", config=QuantizeConfig(), recovery=Recovery(steps=100)),
+        ),
+        losses=DistillConfig(hidden_weight=0.5),
+    )
+
+
+def make_family(
+    source: str | Path,
+    plan: CompressionPlan,
+    work: Path,
+    *,
+    seed: int,
+    limit: int | None,
+    progress: Progress,
+    show_progress: bool,
+    tell: Tell,
+) -> tuple[Artifact, Origin]:
+    """The artifact of a classifier, whole in float32, with the segments that a plan makes of it beside; and where the
+    run's data is.
+
+    Args:
+        source: run of a classifier; it stays the reference.
+        plan: with exits and rounding.
+        work: folder of what is kept between calls.
+        seed: of training.
+        limit: training examples, for a try.
+        progress, show_progress, tell: told of what is done.
+
+    Raises:
+        ConfigError: the plan has no exits or no rounding, or the run is no float classifier without exits.
+        as `compress` and `export`.
+    """
+    kinds = [stage.name for stage in plan.stages]
+    if not {"exits", "quantize"} <= set(kinds):
+        raise ConfigError(
+            f"the plan has the stages {', '.join(kinds)}; paths need [exits] and [quantize], as recipes/paths-*.toml "
+            "have them."
+        )
+    task = load_task(source, limit=limit, options=plan.data, progress=progress)
+    if precision_of(task.model) != "float32" or getattr(task.model.config, "exits", None) != ():
+        raise ConfigError(f"{source} must be a float image or text classifier without exits: it is the reference.")
+    made = compress(task, plan, work / "model", seed=seed, progress=progress, show_progress=show_progress)
+    folder = work / "draft"
+    key = {"source": task.source_sha256, "model": made.report["stages"][-1]["key"]}
+    origin: Origin = task.run.origin  # type: ignore[attr-defined]  # of both classifiers
+    if read_json(work / "draft.json") == key and is_artifact(folder):
+        return read_artifact(folder), origin
+    whole = export(source, work / "whole", tell=tell)
+    tell("writing the segments")
+    artifact = _with_segments(whole, made.model, task, work)
+    write_json(work / "draft.json", key)
+    return artifact, origin
+
+
+def _with_segments(whole: Artifact, model: Any, task: CompressionTask, work: Path) -> Artifact:
+    check_target(model, "portable")
+    family = precision_of(model)
+    calls, axes = _calls(task, whole, model)
+    files = work / "segments"
+    shutil.rmtree(files, ignore_errors=True)
+    files.mkdir(parents=True)
+    largest = max(calls, key=lambda call: min((min(len(given), 2), given.numel()) for given in call.values()))
+    segments = export_segments(model.eval(), family, largest, axes, files)
+    origin = task.run.origin  # type: ignore[attr-defined]  # of both classifiers
+    settings = dict(whole.manifest.settings) | {"valid_fraction": origin.valid_fraction}
+    if hasattr(origin, "columns"):
+        settings |= {"label_column": origin.columns.label, "split_column": origin.columns.split}
+    manifest = replace(whole.manifest, settings=settings, families={family: segments})
+    wanted: dict[str, Callable[[Path], None]] = {
+        name: partial(shutil.copyfile, whole.file(name)) for name in whole.hashes
+    }
+    wanted |= {name: partial(shutil.copyfile, files / name) for name in manifest.segment_files}
+    probes = segment_probes(model, calls)
+    wanted[PATHS_FILE] = lambda path: write_probes(probes, path)
+    return write_artifact(work / "draft", manifest, wanted)
+
+
+def _calls(task: CompressionTask, whole: Artifact, model: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Inputs to trace and probe with, and the axes of all that segments read and give."""
+    from trilevel.applications.probes import image_calls, text_calls
+
+    axes: dict[str, Any] = {name: tensor.axes for name, tensor in whole.manifest.inputs.items()}
+    axes |= {name: tensor.axes for name, tensor in whole.manifest.outputs.items()}
+    config = model.config
+    if task.kind == "images":
+        patches = config.patches
+        axes["hidden"] = ("batch", patches.num_tokens, config.encoder.dim)
+        return image_calls((patches.num_channels, *patches.image_size)), axes
+    axes["hidden"] = ("batch", "tokens", config.encoder.dim)
+    tokenizer = task.run.tokenizer  # type: ignore[attr-defined]
+    return text_calls(tokenizer, max_tokens=config.max_tokens, padding_id=config.padding_id), axes

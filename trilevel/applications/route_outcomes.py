@@ -1,0 +1,147 @@
+"""What every path of an artifact answers and takes, on this machine; kept, so that it is found once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trilevel.artifact.manifest import Artifact
+from trilevel.artifact.platform import isa_class
+from trilevel.artifact.routed import model_hash
+from trilevel.artifact.runtime.predictor import Precision, Runtime
+from trilevel.artifact.runtime.steps import SegmentSteps
+from trilevel.compression.written import read_json, write_json
+from trilevel.report.machine import machine_block
+from trilevel.routing.executor import BatchRun, run_path
+from trilevel.routing.features import features_of
+from trilevel.routing.latency import LatencyTable, measure
+from trilevel.routing.outcomes import Outcomes, load_outcomes
+from trilevel.routing.paths import Family
+from trilevel.routing.router import margin
+from trilevel.routing.samples import Samples
+
+FULL_FAMILY = "float32"
+FULL = f"{FULL_FAMILY}/1"
+"""The whole graph, in one segment."""
+BATCHES = (1, 8, 32)
+_LENGTHS = 4
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What paths are run with: runtime, threads, precision of what is not quantized."""
+
+    runtime: Runtime
+    threads: int | None = None
+    precision: Precision = "float32"
+
+    def open(self, artifact: Artifact) -> dict[str, SegmentSteps]:
+        """The steps of all families, the full path's last."""
+        options: dict[str, Any] = {"threads": self.threads, "precision": self.precision}
+        steps = {name: SegmentSteps(artifact, name, self.runtime, **options) for name in artifact.manifest.families}
+        return steps | {FULL_FAMILY: SegmentSteps(artifact, None, self.runtime, **options)}
+
+    def key(self, artifact: Artifact, steps: Mapping[str, SegmentSteps]) -> dict[str, Any]:
+        """What answers and times depend on."""
+        version = next(iter(steps.values())).version
+        return {
+            "model": model_hash(artifact),
+            "runtime": self.runtime,
+            "version": version,
+            "isa": isa_class(),
+            "threads": self.threads,
+            "precision": self.precision,
+        }
+
+
+def collect(
+    artifact: Artifact,
+    machine: Machine,
+    samples: Samples,
+    steps: Mapping[str, SegmentSteps],
+    kept: Path,
+    *,
+    progress: Progress,
+    what: str,
+) -> Outcomes:
+    """What every path answers for samples, from a file if it was found before."""
+    key = machine.key(artifact, steps) | {"samples": samples.sha256}
+    del key["threads"]
+    if read_json(kept.with_suffix(".json")) == key and kept.exists():
+        return load_outcomes(kept)
+    names, features = features_of(samples.task)
+    predictions, margins, paths = [], [], []
+    total, done = len(samples) * len(steps), 0
+    for family, own in steps.items():
+        deepest = Family.parse(family).at(own.num_segments)
+
+        def count(run: BatchRun, name: str = family, last: int = own.num_segments - 1) -> None:
+            nonlocal done
+            done += run.batch if run.segment == last else 0
+            progress(f"{what}: {name}", done / total)
+
+        outputs = run_path(
+            samples.rows, own, deepest, max_batch=32, length_of=samples.length_of, collate=samples.collate,
+            on_batch=count,
+        )  # fmt: skip
+        predictions.append(outputs.argmax(-1))
+        margins.append(margin(outputs))
+        paths += [Family.parse(family).at(segment + 1).name for segment in range(own.num_segments)]
+    found = Outcomes(
+        paths=tuple(paths),
+        full=FULL,
+        predictions=np.concatenate(predictions, axis=1),
+        margins=np.concatenate(margins, axis=1),
+        features=np.concatenate([features(samples.collate([row], samples.length_of(row))) for row in samples.rows]),
+        lengths=samples.lengths,
+        groups=samples.groups,
+        labels=samples.labels,
+    )
+    assert found.features.shape[1] == len(names)
+    found.save(kept)
+    write_json(kept.with_suffix(".json"), key)
+    return found
+
+
+def time_paths(
+    artifact: Artifact,
+    machine: Machine,
+    samples: Samples,
+    steps: Mapping[str, SegmentSteps],
+    kept: Path,
+    *,
+    batches: Sequence[int] = BATCHES,
+    budget_s: float = 60.0,
+    progress: Progress,
+) -> LatencyTable:
+    """Milliseconds of every segment at usual batches and lengths, from a file if measured before on this machine."""
+    key = machine.key(artifact, steps) | {"batches": list(batches), "samples": samples.sha256}
+    before = read_json(kept)
+    if before.get("key") == key:
+        return LatencyTable.from_dict(before["table"])
+    _, features = features_of(samples.task)
+    lengths = np.unique(np.quantile(samples.lengths, np.linspace(0, 1, _LENGTHS), method="nearest")).tolist()
+    table = measure(
+        steps,
+        samples.example,
+        batches=batches,
+        lengths=[int(length) for length in lengths],
+        machine=machine_block(),
+        router=features,
+        budget_s=budget_s,
+        progress=progress,
+    )
+    write_json(kept, {"key": key, "table": table.to_dict()})
+    return table
+
+
+def sample_ms(table: LatencyTable, outcomes: Outcomes, batch: int) -> dict[str, npt.NDArray[np.float64]]:
+    """Milliseconds of each path for each sample at a batch size, (samples,) by the path's name."""
+    lengths = np.clip(outcomes.lengths, table.lengths[0], table.lengths[-1])
+    return {path: table.ms(path, batch, lengths) / batch for path in outcomes.paths}
