@@ -95,11 +95,15 @@ def test_the_artifact_is_certified_and_answers(routed: Routing, folder: Path) ->
 
 
 def test_a_sample_gets_what_it_gets_alone(routed: Routing) -> None:
-    given = pixels(37)
-    setting = {"int8/start": 1.0, "int8/1": 1.0, "int8/2": 1.5}
+    given = pixels(38)
+    # between two of the margins, so that one half leaves and the other stays
+    first = {"int8/start": 1.0, "int8/1": 0.0, "int8/2": 0.0}
+    trial = RoutedPredictor(routed.artifact, "onnxruntime", threads=1, setting=first)
+    middle = float(np.median([one.margin for one in trial.route({"pixels": given})]))
+    setting = first | {"int8/1": middle}
     predictor = RoutedPredictor(routed.artifact, "onnxruntime", threads=1, setting=setting)
     together = predictor.route({"pixels": given})
-    assert len({one.path for one in together}) >= 2
+    assert {one.path for one in together} == {"int8/1", "int8/2"}
     for row in range(len(given)):
         (alone,) = predictor.route({"pixels": given[row : row + 1]})
         assert alone.path == together[row].path

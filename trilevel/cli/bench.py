@@ -126,6 +126,34 @@ def compression(
 
 
 @app.command()
+def paths(
+    task: Annotated[
+        list[str], typer.Option(help="ARTIFACT=DATA, an artifact of `trilevel route` and its data; may be given again.")
+    ],
+    as_json: Json = False,
+    smoke: Smoke = False,
+    out: Out = None,
+    threads: Threads = None,
+    runtime: Annotated[str, typer.Option(help="That the artifacts were certified on.")] = "onnxruntime",
+) -> None:
+    """Routed artifacts beside the full path and the best fixed one, and how often certificates hold (10 min a task)."""
+    import dataclasses
+
+    import torch
+
+    from trilevel.bench.paths import PathsCase, parse_tasks, paths_table, run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    case = PathsCase(tasks=parse_tasks(task), runtime=runtime)  # type: ignore[arg-type]  # checked when it is opened
+    if smoke:
+        case = dataclasses.replace(case, samples=16, draws=50, budget_s=1.0, batches=(1, 8))
+    with progress_bar() as progress:
+        report = run(case, progress)
+    _finish(report, [paths_table(report)], as_json=as_json, out=out)
+
+
+@app.command()
 def retrieval(
     encoder: Annotated[Path, typer.Option(help="The converted MiniLM, a folder of `trilevel convert`.")],
     as_json: Json = False,
