@@ -139,6 +139,19 @@ def test_intervals_hold_at_all_times(risk: float) -> None:
     assert lowest_share(missed, runs) <= 0.1
 
 
+def test_intervals_hold_at_the_certified_risk() -> None:
+    held, runs = 0, 200
+    for seed in range(runs):
+        audit, losses = audit_of(delta=0.05), drawn(ALPHA, 307, seed)
+        bounds = []
+        for loss, coming in zip(losses, [*losses[1:], 1.0], strict=True):
+            audit.observe(loss)
+            # the lower bound rises with a loss alone, and the upper one is lowest just before the next
+            bounds += [audit.interval] if loss or coming else []
+        held += all(low <= ALPHA <= high for low, high in bounds)
+    assert held >= 0.95 * runs
+
+
 @pytest.mark.parametrize(("alpha", "risk"), [(0.01, 0.004), (0.05, 0.02), (0.505, 0.5)])
 def test_intervals_shrink(alpha: float, risk: float) -> None:
     audit, losses = audit_of(alpha=alpha), drawn(risk, 3_001, 19)
@@ -177,6 +190,15 @@ def test_the_share_is_kept_and_the_choice_repeats() -> None:
     more = audit_of(shadow_share=0.05)
     assert all(more.wants_shadow(one) for one, is_chosen in zip(ids, chosen, strict=True) if is_chosen)
     assert all(audit_of(shadow_share=1.0).wants_shadow(one) for one in [*ids[:11], "", "\ud800"])
+
+
+def test_the_choice_does_not_depend_on_the_order() -> None:
+    ids, audit = [f"request-{number}" for number in range(2_003)], audit_of()
+    chosen = {one for one in ids if audit.wants_shadow(one)}
+    audit.observe(1.0)
+    shuffled = np.random.default_rng(29).permutation(ids).tolist()
+    assert {one for one in shuffled if audit.wants_shadow(one)} == chosen
+    assert 0 < len(chosen) < len(ids)
 
 
 # alarm and reset

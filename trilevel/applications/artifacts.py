@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from trilevel.artifact.audited import AuditedPredictor
 from trilevel.artifact.check import check_runtimes, default_runtime
 from trilevel.artifact.explain import Explanation, Recorder
 from trilevel.artifact.manifest import Artifact, Manifest, check_free, read_artifact, write_artifact
@@ -73,6 +74,7 @@ def load(
     runtime: Runtime | None = None,
     threads: int | None = None,
     precision: Precision = "float32",
+    audit: str | Path | None = None,
 ) -> Model:
     """Open an artifact: hashes are compared, then the answers to its probes.
 
@@ -85,6 +87,8 @@ def load(
             installed, else ONNX Runtime. The result's `runtime` says which.
         threads: that a call may use; None for one a core.
         precision: of what is not quantized; `bfloat16` in OpenVINO alone.
+        audit: file in which an artifact with paths keeps what it saw of its own answers: 2% are compared with the full
+            path's, and where too many differ it takes that alone; None for no audit.
 
     Inputs of an artifact with paths (`trilevel route`) take a path each, as its certificate says. On another platform
     than the certificate's all take the full path; a warning in the log says why.
@@ -96,6 +100,8 @@ def load(
         ConfigError: an option is out of range.
     """
     artifact, runtime = read_artifact(folder), runtime or default_runtime()
+    if audit is not None and not has_paths(artifact):
+        raise ConfigError(f"{folder} has one path, so there is nothing to audit; leave audit out.")
     if not has_paths(artifact):
         predictor = load_predictor(artifact, runtime, threads=threads, precision=precision)
         return Model(artifact, predictor, check_probes(artifact, predictor))
@@ -104,7 +110,7 @@ def load(
     check_path_probes(artifact, routed.steps)
     if routed.reason:
         _LOG.warning("%s: %s", artifact.path, routed.reason)
-    return Model(artifact, routed, parity)
+    return Model(artifact, routed if audit is None else AuditedPredictor(routed, audit), parity)
 
 
 def explained(

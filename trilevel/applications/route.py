@@ -37,7 +37,7 @@ from trilevel.compression.written import read_json, write_json
 from trilevel.errors import ConfigError, InputError
 from trilevel.report.routing import route_page
 from trilevel.routing.certificate import Certificate, Platform, digest, share_of_delta
-from trilevel.routing.decision import DYNAMIC, Decision, Parts, Promise, decide
+from trilevel.routing.decision import DYNAMIC, Decision, Parts, Promise, decide, most_changed
 from trilevel.routing.features import features_of
 from trilevel.routing.latency import LatencyTable
 from trilevel.routing.outcomes import split_groups
@@ -214,7 +214,8 @@ def _routed(
         partial(sample_ms, table),
         batches=table.batches,
     )
-    certificate = _certificate(artifact, decision, promise, options, machine, steps, split["prove"], tries)
+    changed = most_changed(found["prove"], decision, 1 - options.confidence)
+    certificate = _certificate(artifact, decision, changed, options, machine, steps, split["prove"], tries)
     report = _report(artifact, decision, certificate, split, table, options, machine)
     return Routing(artifact=_written(artifact, out, decision, certificate, table, report), report=report)
 
@@ -237,7 +238,7 @@ def _tries(work: Path, artifact: Artifact, samples: Samples, options: Options, m
 def _certificate(
     artifact: Artifact,
     decision: Decision,
-    promise: Promise,
+    changed: float,
     options: Options,
     machine: Machine,
     steps: Mapping[str, SegmentSteps],
@@ -266,7 +267,7 @@ def _certificate(
         seed=options.seed,
         tries=tries,
         created=datetime.now(UTC).date().isoformat(),
-        measured={"test_loss": chosen.loss, "test_ms": chosen.ms[min(chosen.ms)]},
+        measured={"test_loss": chosen.loss, "test_ms": chosen.ms[min(chosen.ms)], "disagreement": changed},
     )
 
 

@@ -157,6 +157,10 @@ class RoutedPredictor:
         self.reason += f", so every input takes the full path. To certify here: trilevel certify {artifact.path} DATA"
         return None
 
+    def stop(self, reason: str) -> None:
+        """Send every row through the full path from now on."""
+        self.rule, self.reason = None, reason
+
     @property
     def whole(self) -> Predictor:
         """The graph that is the full path."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trilevel.errors import CertificateError
+from trilevel.errors import CertificateError, require
 from trilevel.routing import rivals
 from trilevel.routing.certify import Certified, certify, prove
 from trilevel.routing.harm import NEVER
@@ -289,6 +289,14 @@ class _Report:
             is_proved=is_proved,
             shares=rivals.names(test.paths, columns),
         )
+
+
+def most_changed(outcomes: Outcomes, decision: Decision, delta: float) -> float:
+    """Upper bound of the share of answers that differ from the full path's: what an audit without labels may expect."""
+    changed = answers(outcomes, decision.router, [decision.setting])[:, 0] != outcomes.full_predictions
+    errors = int(changed.sum())
+    stats = require("scipy.stats", extra="routing")
+    return 1.0 if errors == len(changed) else float(stats.beta.ppf(1 - delta, errors + 1, len(changed) - errors))
 
 
 def never_runs(setting: Mapping[str, float], router: Router) -> bool:
