@@ -139,6 +139,14 @@ def test_thresholds_edited_by_hand_are_refused(routed: Routing, folder: Path) ->
         read_certificate(artifact, read_router(routed.artifact))
 
 
+def test_verify_runs_the_segments_too(folder: Path, routed: Routing) -> None:
+    done = CliRunner().invoke(app, ["verify", str(folder / "artifact"), "--runtime", "onnxruntime", "--json"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.output.strip().splitlines()[-1])["rows"]
+    assert [row["family"] for row in rows] == ["", "int8"]
+    assert all(row["holds"] for row in rows)
+
+
 def test_explanations(folder: Path, routed: Routing) -> None:
     path = str(next((folder / "held").rglob("*.png")))
     options = ["route-explain", str(folder / "artifact"), path, "--runtime", "onnxruntime", "--threads", "1"]

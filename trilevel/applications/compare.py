@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import numpy.typing as npt
 from trilevel.applications.artifacts import open_task
 from trilevel.artifact.check import Checked, check_runtimes, installed, precisions
 from trilevel.artifact.manifest import Artifact
+from trilevel.artifact.path_probes import path_parity
 from trilevel.artifact.probe import Arrays, Probe, read_probes
 from trilevel.artifact.runtime.predictor import Precision, Predictor, Runtime, load_predictor
+from trilevel.artifact.runtime.steps import SegmentSteps
 from trilevel.artifact.verify import Parity, chosen_tokens, overlap, parity
-from trilevel.errors import InputError
+from trilevel.errors import ArtifactError, InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +28,13 @@ class Row:
         checked: on the probes.
         overlap: share of the chosen global tokens that the reference chose too; None where it cannot be told.
         data: parity with the reference on the user's inputs; None without any.
+        family: of paths whose segments were run; empty for the graph.
     """
 
     checked: Checked
     overlap: float | None = None
     data: Parity | None = None
+    family: str = ""
 
     @property
     def holds(self) -> bool:
@@ -106,7 +110,21 @@ def compare(
             tell(f"running {data} in {one.runtime} in {one.precision}")
             row = replace(row, data=parity(artifact, opened(artifact, one.runtime, one.precision), recorder.probes))
         rows.append(row)
-    return rows
+    return [*rows, *(row for runtime in asked for row in _of_paths(artifact, runtime, threads, tell))]
+
+
+def _of_paths(artifact: Artifact, runtime: Runtime, threads: int | None, tell: Callable[[str], None]) -> Iterator[Row]:
+    """The segments of every family, one after another."""
+    for family in artifact.manifest.families:
+        tell(f"comparing the segments of {family} with {runtime}")
+        try:
+            steps = SegmentSteps(artifact, family, runtime, threads=threads)
+            found = path_parity(artifact, {family: steps})[family]
+        except (ArtifactError, InputError) as error:
+            yield Row(checked=Checked(runtime=runtime, precision="float32", error=str(error)), family=family)
+            continue
+        checked = Checked(runtime=runtime, precision="float32", version=steps.version, parity=found)
+        yield Row(checked=checked, family=family)
 
 
 _MOST_CALLS = 16

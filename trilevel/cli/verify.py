@@ -69,7 +69,7 @@ def _print(rows: list[Row], num_files: int) -> None:
             f"{found.difference:.1e} of {found.tolerance:g}", f"{found.cosine:.4f}", f"{found.agreement:.3f}"
         )  # fmt: skip
         table.add_row(
-            f"{own.runtime} {own.version}, {own.precision}",
+            f"{own.runtime} {own.version}, {own.precision}{f', segments of {row.family}' if row.family else ''}",
             *shown,
             "" if row.overlap is None else f"{row.overlap:.4f}",
             "" if own.integer_kernels is None else str(own.integer_kernels),
