@@ -10,7 +10,7 @@ import pytest
 
 from tests.routing.samples import FAMILIES, FULL, MS, make_outcomes
 from trilevel.routing import rivals
-from trilevel.routing.decision import DYNAMIC, Parts, Promise, answers, decide, fixed_settings, never_runs
+from trilevel.routing.decision import DYNAMIC, Parts, Promise, answers, decide, fixed_settings
 from trilevel.routing.outcomes import Outcomes
 from trilevel.routing.router import choose
 from trilevel.routing.targets import Target
@@ -71,7 +71,8 @@ def test_too_few_samples_refuse_and_run_the_full_path() -> None:
     found = decide(parts, PROMISE, FAMILIES, FEATURES, times)
     assert found.certified is None
     assert "needs 88 more samples" in found.refusal
-    assert never_runs(found.setting, found.router)
+    column = PARTS.test.column(FULL)
+    assert (choose(PARTS.test, found.router, found.setting).column == column).all()
 
 
 def test_fixed_settings_send_all_one_way() -> None:

@@ -12,7 +12,6 @@ import numpy.typing as npt
 from trilevel.errors import CertificateError, require
 from trilevel.routing import rivals
 from trilevel.routing.certify import Certified, certify, prove
-from trilevel.routing.harm import NEVER
 from trilevel.routing.outcomes import Outcomes
 from trilevel.routing.router import START, Router, choose, fit_router, prices, settings, thresholds
 from trilevel.routing.targets import Target, losses_of
@@ -297,8 +296,3 @@ def most_changed(outcomes: Outcomes, decision: Decision, delta: float) -> float:
     errors = int(changed.sum())
     stats = require("scipy.stats", extra="routing")
     return 1.0 if errors == len(changed) else float(stats.beta.ppf(1 - delta, errors + 1, len(changed) - errors))
-
-
-def never_runs(setting: Mapping[str, float], router: Router) -> bool:
-    """Whether a setting sends everything through the full path."""
-    return all(setting[path] >= NEVER for rule in router.families for path in rule.paths)

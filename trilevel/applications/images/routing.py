@@ -36,8 +36,9 @@ def load_samples(
     images = load_images(path, valid_fraction=float(settings.get("valid_fraction", 0.1)), size=(size[0], size[1]))
     labels = labels_of(artifact.manifest)
     check_labels(images, tuple(labels))
-    rows = images.rows[split] if split else np.sort(np.concatenate(list(images.rows.values())))
-    rows = rows[:limit]
+    rows = images.rows[split] if split else np.concatenate(list(images.rows.values()))
+    # folders come class by class
+    rows = np.random.default_rng(0).permutation(rows)[:limit]
     if not len(rows):
         raise InputError(f"{path}: no image{f' in the split {split!r}' if split else ''}.")
     places = np.array([labels.index(label) for label in images.labels])
