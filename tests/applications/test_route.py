@@ -186,6 +186,8 @@ def test_certified_anew_on_another_runtime(folder: Path, routed: Routing) -> Non
 
 def test_known_samples(folder: Path, routed: Routing) -> None:
     shutil.copytree(folder / "images", folder / "known")
+    for path in write_images(folder / "more", 40, seed=23).rglob("*.png"):
+        shutil.copy(path, folder / "known" / path.parent.name / f"more-{path.name}")
     options = Options(targets=TARGETS, budget_s=1.0)
     arguments: dict[str, Any] = {"plan": PLAN, "machine": MACHINE, "work": folder / "artifact.work", **SILENT}
     with pytest.raises(InputError, match="are among those that the model was trained on"):
