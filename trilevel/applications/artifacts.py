@@ -100,9 +100,9 @@ def load(
         ConfigError: an option is out of range.
     """
     artifact, runtime = read_artifact(folder), runtime or default_runtime()
-    if audit is not None and not has_paths(artifact):
-        raise ConfigError(f"{folder} has one path, so there is nothing to audit; leave audit out.")
     if not has_paths(artifact):
+        if audit is not None:
+            raise ConfigError(f"{folder} has one path, so there is nothing to audit; leave audit out.")
         predictor = load_predictor(artifact, runtime, threads=threads, precision=precision)
         return Model(artifact, predictor, check_probes(artifact, predictor))
     routed = RoutedPredictor(artifact, runtime, threads=threads, precision=precision)

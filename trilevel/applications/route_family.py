@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from trilevel.applications.artifacts import export
 from trilevel.applications.compress import load_task
-from trilevel.artifact.export.artifact import check_target, precision_of
+from trilevel.artifact.export.artifact import check_target, example_of, precision_of
 from trilevel.artifact.export.segments import export_segments, segment_probes
 from trilevel.artifact.manifest import PATHS_FILE, Artifact, is_artifact, read_artifact, write_artifact
 from trilevel.artifact.probe import write_probes
@@ -101,8 +101,7 @@ def _with_segments(whole: Artifact, model: Any, task: CompressionTask, work: Pat
     files = work / "segments"
     shutil.rmtree(files, ignore_errors=True)
     files.mkdir(parents=True)
-    largest = max(calls, key=lambda call: min((min(len(given), 2), given.numel()) for given in call.values()))
-    segments = export_segments(model.eval(), family, largest, axes, files)
+    segments = export_segments(model.eval(), family, example_of(calls), axes, files)
     origin = task.run.origin  # type: ignore[attr-defined]  # of both classifiers
     settings = dict(whole.manifest.settings) | {"valid_fraction": origin.valid_fraction}
     if hasattr(origin, "columns"):

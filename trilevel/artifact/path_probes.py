@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from trilevel.artifact.manifest import PATHS_FILE, Artifact
 from trilevel.artifact.probe import Probe, read_probes
 from trilevel.artifact.runtime.steps import SegmentSteps
-from trilevel.artifact.verify import INTEGER_BFLOAT16_TOLERANCE, INTEGER_TOLERANCE, TOLERANCES, Parity, compared
+from trilevel.artifact.verify import Parity, compared, tolerance
 from trilevel.errors import ArtifactError
+from trilevel.routing.paths import Family
 
 
 def path_parity(artifact: Artifact, steps: Mapping[str, SegmentSteps]) -> dict[str, Parity]:
@@ -28,10 +29,7 @@ def _parity(probes: Sequence[Probe], family: str, steps: SegmentSteps) -> Parity
         for segment in range(steps.num_segments):
             arrays, logits = steps.run(segment, arrays)
             pairs.append((logits, probe.outputs["logits"][:, segment]))
-    if family.partition("/")[0] == "int8":
-        limit = INTEGER_TOLERANCE if steps.precision == "float32" else INTEGER_BFLOAT16_TOLERANCE
-    else:
-        limit = TOLERANCES["float32", steps.precision]
+    limit = tolerance(Family.parse(family).precision, steps.precision)
     return compared(pairs, runtime=steps.runtime, precision=steps.precision, limit=limit)
 
 

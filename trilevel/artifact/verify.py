@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from trilevel.artifact.manifest import MODEL_FILE, Artifact, Tensors
 from trilevel.artifact.probe import Arrays, Probe, read_probes
-from trilevel.artifact.runtime.predictor import Predictor
+from trilevel.artifact.runtime.predictor import Precision, Predictor
 from trilevel.errors import ArtifactError, require
 from trilevel.model.folder import sha256_of
 
@@ -26,11 +26,11 @@ INTEGER_TOLERANCE = 1e-2
 INTEGER_BFLOAT16_TOLERANCE = 6e-2
 
 
-def tolerance(artifact: Artifact, predictor: Predictor) -> float:
-    """What two runtimes may differ by, over the largest value."""
-    if artifact.manifest.precision == "float32":
-        return TOLERANCES["float32", predictor.precision]
-    return INTEGER_TOLERANCE if predictor.precision == "float32" else INTEGER_BFLOAT16_TOLERANCE
+def tolerance(weights: str, precision: Precision) -> float:
+    """What two runtimes may differ by, over the largest value, by precision of the weights and of the rest."""
+    if weights == "float32":
+        return TOLERANCES["float32", precision]
+    return INTEGER_TOLERANCE if precision == "float32" else INTEGER_BFLOAT16_TOLERANCE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +70,7 @@ def parity(artifact: Artifact, predictor: Predictor, expected: Iterable[Probe]) 
     for probe in expected:
         found = predictor.run(probe.inputs)
         pairs += [(found[name], wanted) for name, wanted in probe.outputs.items()]
-    limit = tolerance(artifact, predictor)
+    limit = tolerance(artifact.manifest.precision, predictor.precision)
     return compared(pairs, runtime=predictor.runtime, precision=predictor.precision, limit=limit)
 
 

@@ -157,8 +157,11 @@ class _Task:
         proved = [row for row in self.report["rows"] if row["kind"] == "fixed" and row["is_proved"]]
         first = next(iter(proved[0]["ms"]))
         name = min(proved, key=lambda row: row["ms"][first])["name"]
-        ms = dict.fromkeys(self.predictor.paths.names, 1.0)
-        return name, dict(fixed_settings(self.predictor.router, ms))[name]
+        return name, self._fixed_settings()[name]
+
+    def _fixed_settings(self) -> dict[str, dict[str, float]]:
+        # their order, which times decide, does not matter here
+        return dict(fixed_settings(self.predictor.router, dict.fromkeys(self.predictor.paths.names, 1.0)))
 
     def _execute(self, samples: Samples, setting: Mapping[str, float] | None, batch: int) -> list[Routed]:
         own = self.predictor
@@ -187,7 +190,7 @@ class _Task:
         assert self.predictor.rule is not None
         name, fixed = self._fixed()
         ours = self.predictor.rule.setting
-        deepest = dict(fixed_settings(self.predictor.router, dict.fromkeys(self.predictor.paths.names, 1.0)))
+        deepest = self._fixed_settings()
         best = self.predictor.router.families[-1].paths[-1]
         runs: dict[str, Callable[[], object]] = {
             FULL: lambda: self._execute(samples, None, batch),

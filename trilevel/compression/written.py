@@ -1,4 +1,4 @@
-"""Small JSON files that are whole or not there."""
+"""Small files that are whole or not there, JSON most of them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from typing import Any
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write a table, in place of an older one only when it is whole."""
+    write_bytes(path, (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, in place of an older one only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.tmp")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(values, indent=1, allow_nan=False) + "\n")
+        with partial.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

@@ -78,7 +78,7 @@ class Certificate:
         values |= dataclasses.asdict(self)
         values["proofs"] = [dataclasses.asdict(proof) for proof in self.proofs]
         values |= {name: dict(values[name]) for name in ("setting", "hashes", "measured")}
-        return values | {SEAL: _seal(values)}
+        return values | {SEAL: digest(values)}
 
     @classmethod
     def from_dict(cls, values: Any) -> Certificate:
@@ -91,7 +91,7 @@ class Certificate:
             raise CertificateError(f"this is no {FORMAT} of version {VERSION}. {_AGAIN}")
         own = {name: value for name, value in values.items() if name != SEAL}
         try:
-            is_whole = values.get(SEAL) == _seal(own)
+            is_whole = values.get(SEAL) == digest(own)
         except ValueError:
             # a number that is none
             is_whole = False
@@ -184,7 +184,3 @@ def share_of_delta(tries: int) -> float:
 def digest(values: Any) -> str:
     """SHA-256 of JSON types."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def _seal(values: Mapping[str, Any]) -> str:
-    return digest(json.loads(json.dumps(values)))

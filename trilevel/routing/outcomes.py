@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from trilevel.compression.written import write_bytes
 from trilevel.errors import InputError
 
 Floats = npt.NDArray[np.floating]
@@ -87,13 +88,7 @@ class Outcomes:
             arrays["labels"] = self.labels
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, paths=np.array(self.paths), full=np.array(self.full), **arrays)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.tmp")
-        try:
-            partial.write_bytes(buffer.getvalue())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_bytes(path, buffer.getvalue())
 
 
 _ARRAYS = tuple(one.name for one in fields(Outcomes) if one.name not in ("paths", "full", "labels"))

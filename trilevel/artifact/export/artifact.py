@@ -152,7 +152,7 @@ def _probe(graph: Graph, call: Mapping[str, Tensor]) -> Probe:
 
 def _draft(graph: Graph, folder: Path, probes: Sequence[Probe], precision: str, target: str) -> Artifact:
     """What runtimes can open already, in a folder that goes away."""
-    example = _example(graph.calls)
+    example = example_of(graph.calls)
     inputs, outputs = export_onnx(graph.module, example, graph.axes, folder / MODEL_FILE, output=graph.output)
     write_probes(probes, folder / PROBE_FILE)
     manifest = Manifest(
@@ -170,7 +170,7 @@ def _draft(graph: Graph, folder: Path, probes: Sequence[Probe], precision: str, 
     return Artifact(path=folder, manifest=manifest, hashes=hashes)
 
 
-def _example(calls: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+def example_of(calls: Sequence[Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
     """What to trace with: a graph traced on rows that fill no second block or region takes no longer ones."""
     return max(calls, key=lambda call: min((min(len(given), 2), given.numel()) for given in call.values()))
 
