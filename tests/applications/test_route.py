@@ -205,9 +205,9 @@ def test_plans_and_models_that_make_no_paths(folder: Path, routed: Routing) -> N
     arguments: dict[str, Any] = {"seed": 0, "limit": None, "progress": lambda *_: None, "tell": print, **SILENT}
     plain = replace(PLAN, stages=PLAN.stages[1:])
     with pytest.raises(ConfigError, match=r"the plan has the stages quantize; paths need \[exits\] and \[quantize\]"):
-        make_family(folder / "run", plain, folder / "work", **arguments)
+        make_family(folder / "run", None, plain, folder / "work", **arguments)
     with pytest.raises(ConfigError, match="must be a float image or text classifier without exits"):
-        make_family(folder / "artifact.work" / "model", PLAN, folder / "work", **arguments)
+        make_family(folder / "artifact.work" / "model", None, PLAN, folder / "work", **arguments)
     with pytest.raises(InputError, match="an artifact knows no data"):
         route(folder / "artifact", None, folder / "no", Options(targets=TARGETS), machine=MACHINE)
     with pytest.raises(ConfigError, match=r"confidence=1 must lie between 0 and 1"):

@@ -18,7 +18,7 @@ from trilevel.applications.classification.model import Classifier, ClassifierCon
 from trilevel.applications.images.model import ImageClassifier, ImageClassifierConfig
 from trilevel.artifact.export.branches import export_branches
 from trilevel.artifact.export.onnx import export_onnx
-from trilevel.artifact.export.segments import export_segments, segment_probes
+from trilevel.artifact.export.segments import classifier_segments, export_segments, segment_probes
 from trilevel.artifact.manifest import (
     MANIFEST_FILE,
     MODEL_FILE,
@@ -87,7 +87,7 @@ def write(folder: Path, model: Any, calls: list[dict[str, torch.Tensor]], axes: 
     where.mkdir(parents=True)
     whole = Masked(model).eval() if "attention_mask" in axes else model
     inputs, outputs = export_onnx(whole, calls[0], axes, where / MODEL_FILE, output="logits")
-    segments = export_segments(model, family, calls[0], axes, where)
+    segments = export_segments(classifier_segments(model, list(calls[0])), family, calls[0], axes, where)
     manifest = Manifest(
         task="classification",
         name="exits",

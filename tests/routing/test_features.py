@@ -48,5 +48,5 @@ def test_padding_and_company_change_nothing() -> None:
 
 def test_a_task_without_features() -> None:
     assert features_of("images")[0] == IMAGES
-    with pytest.raises(ConfigError, match="the task 'embedding' is not routed; classification and images are"):
+    with pytest.raises(ConfigError, match="the task 'embedding' is not routed; classification, images, documents are"):
         features_of("embedding")

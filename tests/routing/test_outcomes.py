@@ -25,6 +25,23 @@ def test_a_table_comes_back(tmp_path: Path, *, has_labels: bool) -> None:
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["outcomes.npz"]
 
 
+def test_grades_belong_to_answers(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    plain = make_outcomes(19, has_labels=False)
+    assert plain.lost(plain.predictions) is None
+    # answers are columns: those of the first path that answers alike
+    grades, columns = rng.random((19, 4)), rng.integers(0, 4, (19, 4))
+    outcomes = replace(plain, predictions=columns, grades=grades)
+    found = outcomes.lost(columns[:, :2])
+    assert found is not None
+    for row in range(19):
+        full = grades[row, columns[row, 3]]
+        np.testing.assert_allclose(found[row], [full - grades[row, columns[row, path]] for path in range(2)])
+    outcomes.save(tmp_path / "outcomes.npz")
+    np.testing.assert_array_equal(load_outcomes(tmp_path / "outcomes.npz").grades, grades)
+    np.testing.assert_array_equal(outcomes.rows(slice(3, 5)).grades, grades[3:5])
+
+
 def test_rows_and_columns() -> None:
     outcomes = make_outcomes(13)
     some = outcomes.rows(np.array([5, 2]))

@@ -47,14 +47,20 @@ def test_disagreement_bounds_harm_and_harm_bounds_the_net_loss() -> None:
     assert Target(kind="harm", alpha=0.01).bound == 0.01
 
 
-def test_bounded_losses_are_taken_as_they_are() -> None:
-    lost = RNG.random((COUNT, 5))
+def test_graded_losses() -> None:
+    lost = RNG.uniform(-1, 1, (COUNT, 5))
     found, counts = losses_of(Target(kind="bounded", alpha=0.1), ANSWERS, FULL, lost=lost)
-    np.testing.assert_array_equal(found, lost)
+    np.testing.assert_array_equal(found, np.where(lost > 0, lost, 0))
     assert counts.all()
+    drop = Target(kind="drop", alpha=0.1)
+    found, counts = losses_of(drop, ANSWERS, FULL, lost=lost)
+    assert counts.all()
+    # better answers make up for worse ones, and nothing lost is the middle
+    assert drop.shown(float(found.mean())) == pytest.approx(lost.mean())
+    assert (drop.bound, drop.nothing) == (pytest.approx(0.55), 0.5)
 
 
-@pytest.mark.parametrize("text", ["harm:0.01", "agreement:0.02", "net:0.005", "recall=fraud:0.01", "bounded:0.25"])
+@pytest.mark.parametrize("text", ["harm:0.01", "agreement:0.02", "net:0.005", "recall=fraud:0.01", "bounded:0.25", "drop:0.01"])
 def test_text(text: str) -> None:
     assert parse_target(text).name == text
 
@@ -90,5 +96,5 @@ def test_what_the_data_lacks() -> None:
         losses_of(recall, ANSWERS, FULL, truth=TRUTH, labels=LABELS)
     with pytest.raises(InputError, match="no sample is of the class 'd'"):
         losses_of(recall, ANSWERS, FULL, truth=TRUTH, labels=(*LABELS, "d"))
-    with pytest.raises(InputError, match="needs a loss from 0 to 1 for every answer"):
+    with pytest.raises(InputError, match="needs answers that are graded from 0 to 1"):
         losses_of(Target(kind="bounded", alpha=0.1), ANSWERS, FULL)

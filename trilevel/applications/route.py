@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trilevel.applications.images.recipe import data_path
-from trilevel.applications.route_family import Origin, Progress, Tell, default_plan, make_family
-from trilevel.applications.route_outcomes import Machine, collect, sample_ms, time_paths
+from trilevel.applications.kinds import kind_of
+from trilevel.applications.route_family import Origin, Progress, Tell, make_family
+from trilevel.applications.route_outcomes import Machine, batches_of, collect, sample_ms, time_paths
 from trilevel.artifact.check import default_runtime
 from trilevel.artifact.manifest import (
     CERTIFICATE_FILE,
@@ -34,6 +35,7 @@ from trilevel.artifact.routed import model_hash
 from trilevel.artifact.runtime.steps import SegmentSteps
 from trilevel.compression.plan import CompressionPlan
 from trilevel.compression.written import read_json, write_json
+from trilevel.data.places import data_path
 from trilevel.errors import ConfigError, InputError
 from trilevel.report.routing import route_page
 from trilevel.routing.certificate import Certificate, Platform, digest, share_of_delta
@@ -55,12 +57,10 @@ def load_samples(artifact: Artifact, data: str | Path, *, split: str | None, lim
         InputError: the data cannot be used.
         ConfigError: the task is not routed.
     """
-    from trilevel.applications.classification import routing as texts
-    from trilevel.applications.images import routing as images
-
-    loaders: dict[str, Callable[..., Samples]] = {"images": images.load_samples, "classification": texts.load_samples}
     features_of(artifact.manifest.task)
-    return loaders[artifact.manifest.task](artifact, data, split=split, limit=limit)
+    module = importlib.import_module(f"trilevel.applications.{artifact.manifest.task}.routing")
+    found: Samples = module.load_samples(artifact, data, split=split, limit=limit)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +139,7 @@ def route(
         artifact, origin = read_artifact(source), None
     else:
         made = make_family(
-            source, plan or default_plan(), folder, seed=options.seed, limit=options.limit, progress=progress,
+            source, data, plan, folder, seed=options.seed, limit=options.limit, progress=progress,
             show_progress=show_progress, tell=tell,
         )  # fmt: skip
         artifact, origin = made
@@ -156,7 +156,7 @@ def _split(artifact: Artifact, origin: Origin | None, data: str | Path | None, o
     if data is None and origin is None:
         raise InputError("an artifact knows no data. Name data with labels that its model has not seen.")
     path = data_path(origin.path if data is None and origin is not None else data or "")
-    is_own = origin is not None and path.resolve() == Path(origin.path).resolve()
+    is_own = origin is not None and path.resolve() == data_path(origin.path).resolve()
     load = partial(load_samples, artifact, path, limit=options.limit)
     if not is_own:
         parts = _parted(load(split=None), (0.25, 0.5, 0.25), options.seed)
@@ -168,7 +168,7 @@ def _split(artifact: Artifact, origin: Origin | None, data: str | Path | None, o
             test = None
         parts = _parted(held, (0.25, 0.5, 0.25) if test is None else (1 / 3, 2 / 3), options.seed)
         parts += [] if test is None else [test]
-    known = set() if origin is None else set(load_samples(artifact, origin.path, split="train", limit=None).digests)
+    known = set() if origin is None else _known(artifact, origin)
     named = dict(zip(("tune", "prove", "test"), parts, strict=True))
     for name, samples in named.items():
         if options.drop_known:
@@ -176,6 +176,16 @@ def _split(artifact: Artifact, origin: Origin | None, data: str | Path | None, o
         else:
             check_apart(samples, known, what=f"{path} ({name})")
     return named
+
+
+def _known(artifact: Artifact, origin: Origin) -> set[str]:
+    """Digests of what the run was trained on."""
+    if artifact.manifest.task == "documents":
+        from trilevel.applications.documents.routing import known_digests
+
+        # tokens of thousands of documents are not needed for it
+        return known_digests(origin.path)
+    return set(load_samples(artifact, origin.path, split="train", limit=None).digests)
 
 
 def _parted(samples: Samples, shares: Sequence[float], seed: int) -> list[Samples]:
@@ -193,7 +203,14 @@ def _routed(
     progress: Progress,
 ) -> Routing:
     table = time_paths(
-        artifact, machine, split["tune"], steps, work / "latency.json", budget_s=options.budget_s, progress=progress
+        artifact,
+        machine,
+        split["tune"],
+        steps,
+        work / "latency.json",
+        batches=batches_of(artifact.manifest.task),
+        budget_s=options.budget_s,
+        progress=progress,
     )
     found = {
         name: collect(artifact, machine, samples, steps, work / f"{name}.npz", progress=progress, what=name)
@@ -201,7 +218,7 @@ def _routed(
     }
     tries = _tries(work, artifact, split["prove"], options, machine)
     delta = (1 - options.confidence) * share_of_delta(tries)
-    promise = Promise(targets=options.targets, delta=delta, labels=tuple(labels_of(artifact.manifest)))
+    promise = Promise(targets=options.targets, delta=delta, labels=promised_labels(artifact))
     families = {
         name: [Family.parse(name).at(segment + 1).name for segment in range(len(segments))]
         for name, segments in artifact.manifest.families.items()
@@ -218,6 +235,21 @@ def _routed(
     certificate = _certificate(artifact, decision, changed, options, machine, steps, split["prove"], tries)
     report = _report(artifact, decision, certificate, split, table, options, machine)
     return Routing(artifact=_written(artifact, out, decision, certificate, table, report), report=report)
+
+
+def promised_labels(artifact: Artifact) -> tuple[str, ...]:
+    """Names of the classes that a promise may name; none where answers are no classes."""
+    return () if artifact.manifest.task == "documents" else tuple(labels_of(artifact.manifest))
+
+
+def default_target(source: str | Path, max_loss: float) -> Target:
+    """What `max_loss` means for a run or an artifact: harm, or where summaries are graded what ROUGE-1 may drop.
+
+    Raises:
+        CheckpointError, ArtifactError: there is neither a run nor an artifact.
+    """
+    task = read_artifact(source).manifest.task if is_artifact(source) else kind_of(source)
+    return Target(kind="drop" if task == "documents" else "harm", alpha=max_loss)
 
 
 def _tries(work: Path, artifact: Artifact, samples: Samples, options: Options, machine: Machine) -> int:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from trilevel.applications.artifacts import export
 from trilevel.applications.compress import load_task
+from trilevel.applications.kinds import kind_of
 from trilevel.artifact.export.artifact import check_target, example_of, precision_of
-from trilevel.artifact.export.segments import export_segments, segment_probes
+from trilevel.artifact.export.segments import Piece, classifier_segments, export_segments, segment_probes
 from trilevel.artifact.manifest import PATHS_FILE, Artifact, is_artifact, read_artifact, write_artifact
-from trilevel.artifact.probe import write_probes
+from trilevel.artifact.probe import Probe, write_probes
 from trilevel.compression.compress import compress
 from trilevel.compression.distill import DistillConfig
 from trilevel.compression.exits import ExitsConfig
@@ -31,8 +34,15 @@ Progress = Callable[[str, float], None]
 class Origin(Protocol):
     """What a run says of its data."""
 
-    path: str
-    valid_fraction: float
+    @property
+    def path(self) -> str:
+        """Where it lies."""
+        ...
+
+    @property
+    def valid_fraction(self) -> float:
+        """Of it that is held out where it does not say."""
+        ...
 
 
 def default_plan() -> CompressionPlan:
@@ -48,7 +58,8 @@ def default_plan() -> CompressionPlan:
 
 def make_family(
     source: str | Path,
-    plan: CompressionPlan,
+    data: str | Path | None,
+    plan: CompressionPlan | None,
     work: Path,
     *,
     seed: int,
@@ -57,12 +68,13 @@ def make_family(
     show_progress: bool,
     tell: Tell,
 ) -> tuple[Artifact, Origin]:
-    """The artifact of a classifier, whole in float32, with the segments that a plan makes of it beside; and where the
-    run's data is.
+    """The artifact of a run, whole in float32, with the segments that a plan makes of it beside; and where the run's
+    data is.
 
     Args:
-        source: run of a classifier; it stays the reference.
-        plan: with exits and rounding.
+        source: run of a classifier, or of a summariser on a pretrained encoder; it stays the reference.
+        data: of the training of a summariser, whose run does not know it.
+        plan: with exits and rounding; None for `default_plan`, or that of documents.
         work: folder of what is kept between calls.
         seed: of training.
         limit: training examples, for a try.
@@ -72,6 +84,11 @@ def make_family(
         ConfigError: the plan has no exits or no rounding, or the run is no float classifier without exits.
         as `compress` and `export`.
     """
+    if kind_of(source) == "documents":
+        return _documents(
+            source, data, plan, work, seed=seed, limit=limit, progress=progress, show_progress=show_progress, tell=tell
+        )
+    plan = default_plan() if plan is None else plan
     kinds = [stage.name for stage in plan.stages]
     if not {"exits", "quantize"} <= set(kinds):
         raise ConfigError(
@@ -89,29 +106,65 @@ def make_family(
         return read_artifact(folder), origin
     whole = export(source, work / "whole", tell=tell)
     tell("writing the segments")
-    artifact = _with_segments(whole, made.model, task, work)
+    artifact = _classifier_draft(whole, made.model, task, work)
     write_json(work / "draft.json", key)
     return artifact, origin
 
 
-def _with_segments(whole: Artifact, model: Any, task: CompressionTask, work: Path) -> Artifact:
+def _documents(
+    source: str | Path,
+    data: str | Path | None,
+    plan: CompressionPlan | None,
+    work: Path,
+    *,
+    tell: Tell,
+    **options: Any,
+) -> tuple[Artifact, Origin]:
+    from trilevel.applications.documents.route_family import make_document_family
+
+    made = make_document_family(source, data, plan, work, **options)
+    if read_json(work / "draft.json") == {"key": made.key} and is_artifact(work / "draft"):
+        return read_artifact(work / "draft"), made.origin
+    whole = export(source, work / "whole", tell=tell)
+    tell("writing the segments")
+    artifact = _draft(whole, made.name, made.pieces, made.example, made.axes, made.probes, made.settings, work)
+    write_json(work / "draft.json", {"key": made.key})
+    return artifact, made.origin
+
+
+def _classifier_draft(whole: Artifact, model: Any, task: CompressionTask, work: Path) -> Artifact:
     check_target(model, "portable")
-    family = precision_of(model)
     calls, axes = _calls(task, whole, model)
+    origin = task.run.origin  # type: ignore[attr-defined]  # of both classifiers
+    settings = {"valid_fraction": origin.valid_fraction}
+    if hasattr(origin, "columns"):
+        settings |= {"label_column": origin.columns.label, "split_column": origin.columns.split}
+    pieces = classifier_segments(model.eval(), list(calls[0]))
+    probes = segment_probes(model, calls)
+    return _draft(whole, precision_of(model), pieces, example_of(calls), axes, probes, settings, work)
+
+
+def _draft(
+    whole: Artifact,
+    family: str,
+    pieces: Sequence[Piece],
+    example: Mapping[str, Tensor],
+    axes: Mapping[str, Sequence[int | str]],
+    probes: Sequence[Probe],
+    settings: Mapping[str, Any],
+    work: Path,
+) -> Artifact:
+    """The artifact of the whole graph with the segments of a family beside it."""
     files = work / "segments"
     shutil.rmtree(files, ignore_errors=True)
     files.mkdir(parents=True)
-    segments = export_segments(model.eval(), family, example_of(calls), axes, files)
-    origin = task.run.origin  # type: ignore[attr-defined]  # of both classifiers
-    settings = dict(whole.manifest.settings) | {"valid_fraction": origin.valid_fraction}
-    if hasattr(origin, "columns"):
-        settings |= {"label_column": origin.columns.label, "split_column": origin.columns.split}
+    segments = export_segments(pieces, family, example, axes, files)
+    settings = {**whole.manifest.settings, **settings}
     manifest = replace(whole.manifest, settings=settings, families={family: segments})
     wanted: dict[str, Callable[[Path], None]] = {
         name: partial(shutil.copyfile, whole.file(name)) for name in whole.hashes
     }
     wanted |= {name: partial(shutil.copyfile, files / name) for name in manifest.segment_files}
-    probes = segment_probes(model, calls)
     wanted[PATHS_FILE] = lambda path: write_probes(probes, path)
     return write_artifact(work / "draft", manifest, wanted)
 

@@ -17,18 +17,24 @@ from trilevel.artifact.runtime.predictor import Precision, Runtime
 from trilevel.artifact.runtime.steps import SegmentSteps
 from trilevel.compression.written import read_json, write_json
 from trilevel.report.machine import machine_block
-from trilevel.routing.executor import BatchRun, run_path
+from trilevel.routing.executor import BatchRun, execute
 from trilevel.routing.features import features_of
 from trilevel.routing.latency import LatencyTable, measure
 from trilevel.routing.outcomes import Outcomes, load_outcomes
-from trilevel.routing.paths import Family
+from trilevel.routing.paths import Family, PathSet
 from trilevel.routing.router import margin
 from trilevel.routing.samples import Samples
 
 FULL_FAMILY = "float32"
 FULL = f"{FULL_FAMILY}/1"
 """The whole graph, in one segment."""
-BATCHES = (1, 8, 32)
+
+
+def batches_of(task: str) -> tuple[int, ...]:
+    """Sizes that are timed; documents of one length seldom meet, and 32 long ones fill the memory."""
+    return (1, 2) if task == "documents" else (1, 8, 32)
+
+
 _LENGTHS = 4
 Progress = Callable[[str, float], None]
 
@@ -76,7 +82,8 @@ def collect(
     if read_json(kept.with_suffix(".json")) == key and kept.exists():
         return load_outcomes(kept)
     names, features = features_of(samples.task)
-    predictions, margins, paths = [], [], []
+    outputs: list[list[npt.NDArray[Any]]] = [[] for _ in range(len(samples))]
+    paths = []
     total, done = len(samples) * len(steps), 0
     for family, own in steps.items():
         deepest = Family.parse(family).at(own.num_segments)
@@ -86,27 +93,40 @@ def collect(
             done += run.batch if run.segment == last else 0
             progress(f"{what}: {name}", done / total)
 
-        outputs = run_path(
-            samples.rows, own, deepest, max_batch=32, length_of=samples.length_of, collate=samples.collate,
-            on_batch=count,
+        routed = execute(
+            samples.rows, {family: own}, PathSet(paths=(deepest,), full=deepest), None, max_batch=32,
+            length_of=samples.length_of, collate=samples.collate, on_batch=count,
         )  # fmt: skip
-        predictions.append(outputs.argmax(-1))
-        margins.append(margin(outputs))
+        for said, one in zip(outputs, routed, strict=True):
+            said.extend(one.outputs)
         paths += [Family.parse(family).at(segment + 1).name for segment in range(own.num_segments)]
+    predictions, grades = _judged(samples, outputs)
     found = Outcomes(
         paths=tuple(paths),
         full=FULL,
-        predictions=np.concatenate(predictions, axis=1),
-        margins=np.concatenate(margins, axis=1),
+        predictions=predictions,
+        margins=np.array([margin(np.stack(said)) for said in outputs]),
         features=np.concatenate([features(samples.collate([row], samples.length_of(row))) for row in samples.rows]),
         lengths=samples.lengths,
         groups=samples.groups,
         labels=samples.labels,
+        grades=grades,
     )
     assert found.features.shape[1] == len(names)
     found.save(kept)
     write_json(kept.with_suffix(".json"), key)
     return found
+
+
+def _judged(
+    samples: Samples, outputs: Sequence[Sequence[npt.NDArray[Any]]]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64] | None]:
+    """Classes, or columns of the first path with the same answer, and grades, both (samples, paths)."""
+    if samples.judge is None:
+        return np.array([np.stack(said).argmax(-1) for said in outputs]), None
+    pairs = [samples.judge(row, np.stack(said)) for row, said in zip(samples.rows, outputs, strict=True)]
+    columns = [[list(answers).index(one) for one in answers] for answers, _ in pairs]
+    return np.array(columns, np.int64), np.array([grades for _, grades in pairs], np.float64)
 
 
 def time_paths(
@@ -116,7 +136,7 @@ def time_paths(
     steps: Mapping[str, SegmentSteps],
     kept: Path,
     *,
-    batches: Sequence[int] = BATCHES,
+    batches: Sequence[int],
     budget_s: float = 60.0,
     progress: Progress,
 ) -> LatencyTable:

@@ -42,13 +42,19 @@ class AuditedPredictor:
         certificate = predictor.certificate
         if certificate is None:
             raise ConfigError(f"there is nothing to audit: {predictor.reason}.")
+        targets = [parse_target(proof.target) for proof in certificate.proofs]
+        if any(target.kind in ("bounded", "drop") for target in targets):
+            raise ConfigError(
+                f"an audit watches answers that differ, and this certificate promises {targets[0].name}, how good they "
+                "are: two summaries of a document may differ and be as good. Leave the audit out."
+            )
         self.predictor, self._state = predictor, Path(state)
         self.runtime, self.version, self.precision = predictor.runtime, predictor.version, predictor.precision
         seal = str(certificate.to_dict()[SEAL])
         if self._state.exists():
             self.audit = Audit.load(self._state, certificate=seal)
         else:
-            bound = max(parse_target(proof.target).alpha for proof in certificate.proofs)
+            bound = max(target.alpha for target in targets)
             alpha = max(bound, certificate.measured.get("disagreement", 0.0))
             self.audit = Audit(AuditConfig(alpha=alpha, certificate=seal, shadow_share=shadow_share))
         self._stop_if_alarmed()

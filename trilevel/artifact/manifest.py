@@ -32,7 +32,7 @@ ROUTING_FILES = {PATHS_FILE, ROUTER_FILE, CERTIFICATE_FILE, LATENCY_FILE, ROUTIN
 """Of an artifact with paths."""
 NEXT = "next_"
 """Begins the name of what a segment gives to the input of that name of the next one."""
-_FAMILY = re.compile(r"[a-z][a-z0-9_]*")
+_FAMILY = re.compile(r"[a-z][a-z0-9_]*(/[a-z][a-z0-9_+=.]*)*")
 ARTIFACT = Kind("artifact", "trilevel-artifact", 1, MANIFEST_FILE, ArtifactError, is_sealed=True)
 PRECISIONS = ("float32", "int8", "int4")
 TARGETS = ("portable", "cpu")
@@ -128,7 +128,7 @@ class Manifest:
 
 def segment_file(family: str, number: int) -> str:
     """The name of the file of a segment, numbered from 0."""
-    return f"{family}-{number + 1}.onnx"
+    return f"{family.replace('/', '-').replace('=', '-')}-{number + 1}.onnx"
 
 
 def labels_of(manifest: Manifest) -> list[str]:

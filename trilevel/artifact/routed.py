@@ -26,7 +26,6 @@ from trilevel.routing.router import Router, Rule
 MASK = "attention_mask"
 LENGTH_STEP = 32
 MAX_BATCH = 32
-_LOGITS = "logits"
 
 
 def model_hash(artifact: Artifact) -> str:
@@ -85,9 +84,10 @@ def paths_of(router: Router) -> PathSet:
 
 
 def lengths_of(inputs: Arrays) -> npt.NDArray[np.int64]:
-    """What each row is padded to, (rows,): a few tokens more than it has; 1 where rows have no length of their own."""
+    """What each row is padded to, (rows,): a few tokens more than it has; documents stay as they are; 1 for images."""
     if MASK not in inputs:
-        return np.ones(len(next(iter(inputs.values()))), np.int64)
+        length = inputs["input_ids"].shape[1] if "unit_ends" in inputs else 1
+        return np.full(len(next(iter(inputs.values()))), length, np.int64)
     real = np.asarray(inputs[MASK].sum(1), np.int64)
     return np.minimum(inputs[MASK].shape[1], -(-real // LENGTH_STEP) * LENGTH_STEP)
 
@@ -130,6 +130,7 @@ class RoutedPredictor:
         self.precision = precision
         _, self.features = features_of(artifact.manifest.task)
         self._inputs = artifact.manifest.inputs
+        (self._output,) = artifact.manifest.outputs
         self.paths = paths_of(self.router)
         options: dict[str, Any] = {"threads": threads, "precision": precision}
         full = self.paths.full.family.name
@@ -193,8 +194,8 @@ class RoutedPredictor:
         )
 
     def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
-        """Logits (rows, classes)."""
-        return {_LOGITS: np.stack([one.output for one in self.route(inputs)])}
+        """The graph's output (rows, ...)."""
+        return {self._output: np.stack([one.output for one in self.route(inputs)])}
 
     def kernels(self) -> Mapping[str, str]:
         """Of the full path and of all segments."""

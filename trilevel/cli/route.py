@@ -57,7 +57,7 @@ def route(
     from trilevel.cli.bench import progress_bar
     from trilevel.compression.plan import read_plan
 
-    options = _options(max_loss, confidence, target, limit, seed, drop_known)
+    options = _options(source, max_loss, confidence, target, limit, seed, drop_known)
     with progress_bar() as progress:
         made = run(
             source,
@@ -88,7 +88,7 @@ def certify(
     from trilevel.applications.route import route as run
     from trilevel.cli.bench import progress_bar
 
-    options = _options(max_loss, confidence, target, limit, seed, drop_known=False)
+    options = _options(artifact, max_loss, confidence, target, limit, seed, drop_known=False)
     with progress_bar() as progress:
         made = run(artifact, data, artifact, options, machine=_machine(runtime, threads), progress=progress)
     _show(made, as_json)
@@ -118,6 +118,7 @@ def route_explain(
 
 
 def _options(
+    source: Path,
     max_loss: float,
     confidence: float,
     target: list[str] | None,
@@ -125,10 +126,10 @@ def _options(
     seed: int,
     drop_known: bool,
 ) -> Options:
-    from trilevel.applications.route import Options
-    from trilevel.routing.targets import Target, parse_target
+    from trilevel.applications.route import Options, default_target
+    from trilevel.routing.targets import parse_target
 
-    targets = tuple(map(parse_target, target)) if target else (Target(kind="harm", alpha=max_loss),)
+    targets = tuple(map(parse_target, target)) if target else (default_target(source, max_loss),)
     return Options(targets=targets, confidence=confidence, limit=limit, seed=seed, drop_known=drop_known)
 
 

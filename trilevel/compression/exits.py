@@ -19,15 +19,23 @@ class ExitsConfig:
     Args:
         segments: how many segments, as even as can be, with a head behind each; the last has the model's own.
         after: the blocks behind which segments end instead, the last one left out.
+        focus: of documents: the share of the tokens that go on behind the first segment.
     """
 
     segments: int = 3
     after: tuple[int, ...] | None = None
+    focus: float | None = None
 
     def __post_init__(self) -> None:
         """Check every value."""
         if self.segments < 2:
             raise ConfigError(f"ExitsConfig: segments={self.segments} must be >= 2; a model without exits is one.")
+        if self.focus is not None and not 0 < self.focus < 1:
+            raise ConfigError(f"ExitsConfig: focus={self.focus} must lie between 0 and 1, a share of the tokens.")
+
+    def places(self, num_layers: int) -> tuple[int, ...]:
+        """The blocks behind which segments end, of so many, without the last."""
+        return even_exits(num_layers, self.segments) if self.after is None else self.after
 
 
 def with_exits(model: nn.Module, config: ExitsConfig) -> nn.Module:
@@ -45,7 +53,9 @@ def with_exits(model: nn.Module, config: ExitsConfig) -> nn.Module:
         raise ConfigError(f"{type(model).__name__} cannot have exits; image and text classifiers can.")
     if given.exits:
         raise ConfigError(f"the model has exits behind its blocks {list(given.exits)}; leave out [exits].")
-    after = even_exits(given.encoder.num_layers, config.segments) if config.after is None else config.after
+    if config.focus is not None:
+        raise ConfigError(f"focus={config.focus} is of summarisers, whose sentences can go on or not; leave it out.")
+    after = config.places(given.encoder.num_layers)
     twin: Any = copy.deepcopy(model)
     twin.config = replace(given, exits=after)
     weight = next(twin.parameters())

@@ -14,7 +14,7 @@ from trilevel.routing import rivals
 from trilevel.routing.certify import Certified, certify, prove
 from trilevel.routing.outcomes import Outcomes
 from trilevel.routing.router import START, Router, choose, fit_router, prices, settings, thresholds
-from trilevel.routing.targets import Target, losses_of
+from trilevel.routing.targets import SIGNED, Target, losses_of
 
 Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.integer[Any]]
@@ -90,18 +90,24 @@ class Promise:
     def losses(self, outcomes: Outcomes, answers: Integers) -> list[tuple[Floats, npt.NDArray[np.bool_]]]:
         """Of each target, for answers (samples, ...)."""
         return [
-            losses_of(one, answers, outcomes.full_predictions, truth=outcomes.labels, labels=self.labels)
+            losses_of(
+                one,
+                answers,
+                outcomes.full_predictions,
+                truth=outcomes.labels,
+                labels=self.labels,
+                lost=outcomes.lost(answers),
+            )
             for one in self.targets
         ]
 
     def path_losses(self, outcomes: Outcomes) -> Floats:
-        """What each path's answer loses of the first target, (samples, paths), 0 for nothing; of `net` the harm."""
+        """What each path's answer loses of the first target, (samples, paths), 0 for nothing; gains do not count."""
         first = self.targets[0]
-        if first.kind == "net":
-            first = Target(kind="harm", alpha=first.alpha)
-        losses, counts = losses_of(
-            first, outcomes.predictions, outcomes.full_predictions, truth=outcomes.labels, labels=self.labels
-        )
+        if first.kind in SIGNED:
+            first = Target(kind="harm" if first.kind == "net" else "bounded", alpha=first.alpha)
+        own = Promise(targets=[first], delta=self.delta, labels=self.labels)
+        losses, counts = own.losses(outcomes, outcomes.predictions)[0]
         return losses * counts[:, None]
 
     def proved(self, outcomes: Outcomes, answers: Integers) -> Certified:

@@ -15,6 +15,7 @@ Floats = npt.NDArray[np.float64]
 
 TEXT = ("log_tokens", "token_entropy", "repeated_share")
 IMAGES = ("brightness", "contrast", "edges", "pixel_entropy")
+DOCUMENTS = ("log_tokens", "log_units", "repeated_share")
 _BINS = 16
 
 
@@ -44,6 +45,19 @@ def image_features(arrays: Arrays) -> Floats:
     return np.stack([pixels.mean((1, 2)), pixels.std((1, 2)), edges, np.array(entropy)], axis=1)
 
 
+def document_features(arrays: Arrays) -> Floats:
+    """Of rows of `input_ids` (rows, tokens) and `unit_ends` (rows, units): (rows, 3), named `DOCUMENTS`.
+
+    Logarithms of the numbers of tokens and of units, and the share of tokens that occurred before.
+    """
+    found = np.empty((len(arrays["input_ids"]), len(DOCUMENTS)))
+    for row, (ids, ends) in enumerate(zip(arrays["input_ids"], arrays["unit_ends"], strict=True)):
+        real = ids[: int(ends.max())]
+        units = np.count_nonzero(np.diff(ends, prepend=0) > 0)
+        found[row] = np.log1p(len(real)), np.log1p(units), 1 - len(np.unique(real)) / max(1, len(real))
+    return found
+
+
 def _entropy(counts: npt.NDArray[np.integer[Any]], largest: int) -> float:
     """Of shares by counts, over that of `largest` equal ones; 0 for one."""
     shares = counts[counts > 0] / max(1, counts.sum())
@@ -53,6 +67,7 @@ def _entropy(counts: npt.NDArray[np.integer[Any]], largest: int) -> float:
 _FEATURES: dict[str, tuple[tuple[str, ...], Callable[[Arrays], Floats]]] = {
     "classification": (TEXT, text_features),
     "images": (IMAGES, image_features),
+    "documents": (DOCUMENTS, document_features),
 }
 
 
@@ -63,5 +78,5 @@ def features_of(task: str) -> tuple[tuple[str, ...], Callable[[Arrays], Floats]]
         ConfigError: the task has none.
     """
     if task not in _FEATURES:
-        raise ConfigError(f"the task {task!r} is not routed; {' and '.join(_FEATURES)} are.")
+        raise ConfigError(f"the task {task!r} is not routed; {', '.join(_FEATURES)} are.")
     return _FEATURES[task]

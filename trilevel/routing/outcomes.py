@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +25,14 @@ class Outcomes:
     Attributes:
         paths: names of the columns.
         full: the name of the reference.
-        predictions: (samples, paths) int64, the class.
+        predictions: (samples, paths) int64, the class; where answers are no classes, the column of the first path
+            that gives the same answer.
         margins: (samples, paths), the two largest logits' difference: how sure a path is.
         features: (samples, features), what is known before anything is computed.
         lengths: (samples,) int64, tokens.
         groups: (samples,) int64; samples of one group depend on each other and stay together.
         labels: (samples,) int64, the truth; None if unknown.
+        grades: (samples, paths), 0 to 1, where a task grades answers, as ROUGE grades summaries; else None.
     """
 
     paths: tuple[str, ...]
@@ -40,6 +43,7 @@ class Outcomes:
     lengths: Integers
     groups: Integers
     labels: Integers | None = None
+    grades: Floats | None = None
 
     def __post_init__(self) -> None:
         """Check that the arrays belong together."""
@@ -50,6 +54,7 @@ class Outcomes:
             "features": (self.features, (count, *self.features.shape[1:2])),
             "groups": (self.groups, (count,)),
             "labels": (self.labels, (count,)),
+            "grades": (self.grades, (count, width)),
         }
         wrong = [f"{name} {array.shape}" for name, (array, shape) in shapes.items()
                  if array is not None and array.shape != shape]  # fmt: skip
@@ -78,20 +83,26 @@ class Outcomes:
 
     def rows(self, chosen: Integers | npt.NDArray[np.bool_] | slice) -> Outcomes:
         """Some of the samples, by their numbers or a mask."""
-        arrays = {name: getattr(self, name)[chosen] for name in _ARRAYS}
-        return replace(self, **arrays, labels=None if self.labels is None else self.labels[chosen])
+        arrays: dict[str, Any] = {name: array[chosen] for name, array in self._arrays().items()}
+        return replace(self, **arrays)
+
+    def lost(self, answers: Integers) -> Floats | None:
+        """Grade of the full path minus that of answers (samples, ...), which are columns; None without grades."""
+        if self.grades is None:
+            return None
+        rows = np.arange(len(self)).reshape(-1, *[1] * (answers.ndim - 1))
+        return np.asarray(self.grades[rows, self.full_predictions.reshape(rows.shape)] - self.grades[rows, answers])
 
     def save(self, path: Path) -> None:
         """Write one .npz without pickles, whole or not at all."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        if self.labels is not None:
-            arrays["labels"] = self.labels
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, paths=np.array(self.paths), full=np.array(self.full), **arrays)
+        np.savez(buffer, allow_pickle=False, paths=np.array(self.paths), full=np.array(self.full), **self._arrays())
         write_bytes(path, buffer.getvalue())
 
-
-_ARRAYS = tuple(one.name for one in fields(Outcomes) if one.name not in ("paths", "full", "labels"))
+    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """All that are there, by name."""
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("paths", "full")}
+        return {name: array for name, array in found.items() if array is not None}
 
 
 def load_outcomes(path: Path) -> Outcomes:

@@ -29,6 +29,8 @@ class Samples:
         length_of: the length that a row is padded to.
         collate: arrays that the model reads, of rows and the length that all of them get.
         resize: a row of another length, to measure times of; None where all have one.
+        judge: what a row's outputs (paths, ...) say: answers (paths,), equal where they are the same, and grades
+            (paths,), 0 to 1; None where outputs are logits of classes.
     """
 
     task: str
@@ -39,6 +41,7 @@ class Samples:
     length_of: Callable[[Any], int]
     collate: Callable[[Sequence[Any], int], Arrays]
     resize: Callable[[Any, int], Any] | None = None
+    judge: Callable[[Any, npt.NDArray[Any]], tuple[Sequence[Any], Sequence[float]]] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

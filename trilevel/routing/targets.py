@@ -10,10 +10,12 @@ import numpy.typing as npt
 
 from trilevel.errors import ConfigError, InputError
 
-Kind = Literal["agreement", "harm", "net", "recall", "bounded"]
+Kind = Literal["agreement", "harm", "net", "recall", "bounded", "drop"]
+SIGNED = ("net", "drop")
+"""Whose loss is from -1 to 1: answers made better make up for others."""
 Floats = npt.NDArray[np.floating[Any]]
 Integers = npt.NDArray[np.integer[Any]]
-_TEXT = "KIND:BOUND, as in harm:0.01, agreement:0.02, net:0.01, recall=CLASS:0.005 or bounded:0.01"
+_TEXT = "KIND:BOUND, as in harm:0.01, agreement:0.02, net:0.01, recall=CLASS:0.005, bounded:0.01 or drop:0.01"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +25,8 @@ class Target:
     Args:
         kind: `agreement`, the answer differs from the full path's, which needs no labels; `harm`, the full path is
             right and the answer is not; `net`, full path right minus answer right, so that answers made better count;
-            `recall`, harm among the samples of one class; `bounded`, a loss in [0, 1] that the task computes, such as
-            the ROUGE that a summary lost.
+            `recall`, harm among the samples of one class; `bounded`, what the answer is worse by, 0 to 1, where a task
+            grades answers, as ROUGE grades summaries; `drop`, the same, and better answers make up for worse ones.
         alpha: what the mean may be at most, between 0 and 1.
         label: the class of `recall`.
 
@@ -55,8 +57,8 @@ class Target:
 
     @property
     def bound(self) -> float:
-        """Of the mean of `losses_of`, which are from 0 to 1: alpha, for `net` on the scale that makes -1 a 0."""
-        return (1 + self.alpha) / 2 if self.kind == "net" else self.alpha
+        """Of the mean of `losses_of`, which are from 0 to 1: alpha, for signed ones on the scale that makes -1 a 0."""
+        return (1 + self.alpha) / 2 if self.kind in SIGNED else self.alpha
 
     @property
     def is_plain(self) -> bool:
@@ -66,11 +68,11 @@ class Target:
     @property
     def nothing(self) -> float:
         """The loss, on the scale of `losses_of`, of an answer as good as the full path's."""
-        return 0.5 if self.kind == "net" else 0.0
+        return 0.5 if self.kind in SIGNED else 0.0
 
     def shown(self, mean: float) -> float:
         """A mean of `losses_of` on the scale of alpha."""
-        return 2 * mean - 1 if self.kind == "net" else mean
+        return 2 * mean - 1 if self.kind in SIGNED else mean
 
 
 def parse_target(text: str) -> Target:
@@ -110,17 +112,21 @@ def losses_of(
         full: (samples,), the full path's.
         truth: (samples,); None if unknown.
         labels: names of the classes.
-        lost: of `bounded`, of the shape of `answers`.
+        lost: grade of the full path's answer minus that of each of `answers`, -1 to 1, of their shape; for `bounded`
+            and `drop`.
 
     Raises:
         InputError: the target needs labels or losses that are not there, or no sample of its class.
     """
     shape = (len(full),) + (1,) * (answers.ndim - 1)
     everyone = np.ones(len(full), bool)
-    if target.kind == "bounded":
-        if lost is None or lost.shape != answers.shape or not ((lost >= 0) & (lost <= 1)).all():
-            raise InputError(f"target {target.name} needs a loss from 0 to 1 for every answer.")
-        return np.asarray(lost, np.float64), everyone
+    if target.kind in ("bounded", "drop"):
+        if lost is None or lost.shape != answers.shape or not (np.abs(lost) <= 1).all():
+            raise InputError(
+                f"target {target.name} needs answers that are graded from 0 to 1, as summaries are where the data has "
+                "abstracts. Without grades agreement can be promised."
+            )
+        return np.asarray((1 + lost) / 2 if target.kind == "drop" else np.maximum(lost, 0), np.float64), everyone
     if target.kind == "agreement":
         return (answers != full.reshape(shape)).astype(np.float64), everyone
     if truth is None:

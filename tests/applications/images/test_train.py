@@ -24,13 +24,13 @@ from trilevel.applications.images.recipe import (
     ModelConfig,
     Recipe,
     Schedule,
-    data_path,
     load_recipe,
     parse_size,
     pixel_statistics,
 )
 from trilevel.applications.images.score import classify
 from trilevel.data.image_folder import load_images
+from trilevel.data.places import data_path
 from trilevel.errors import CheckpointError, ConfigError, InputError
 from trilevel.model.checkpoint import save_checkpoint
 from trilevel.training.interrupt import TrainingInterrupted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from trilevel.applications.documents.units import Unit, split_units
 from trilevel.compression.distill import Outputs
 from trilevel.compression.written import write_json
 from trilevel.data.documents import Document, load_jsonl
+from trilevel.data.places import data_path
 from trilevel.errors import ConfigError, InputError
 from trilevel.model.checkpoint import weights_sha256
 from trilevel.model.config import from_mapping
@@ -221,18 +221,12 @@ def load_task(
         splits = _builtin(limit)
     else:
         sizes = {"train": limit or NUM_TRAINING_DOCUMENTS, "valid": limit or NUM_VALIDATION_DOCUMENTS}
-        splits = [load_jsonl(_found(data), split=split, limit=count) for split, count in sizes.items()]
+        splits = [load_jsonl(data_path(data), split=split, limit=count) for split, count in sizes.items()]
         if not all(document.abstract for documents in splits for document in documents):
             raise InputError(
                 f"{data}: every document needs an abstract to be judged by; leave --data out to do without."
             )
     return DocumentTask(Path(folder), model, tokenizer, splits, settings, progress)
-
-
-def _found(given: str | Path) -> Path:
-    """A file where it is said to be, else below the folder that TRILEVEL_DATA names."""
-    path, root = Path(given), os.environ.get("TRILEVEL_DATA")
-    return path if path.exists() or not root or not (Path(root) / path).exists() else Path(root) / path
 
 
 def _builtin(limit: int | None) -> list[list[Document]]:

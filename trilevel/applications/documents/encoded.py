@@ -62,6 +62,23 @@ class Encoded:
             unit_vectors=None if self.unit_vectors is None else self.unit_vectors[:kept],
         )
 
+    def only(self, units: np.ndarray) -> Encoded:
+        """The same document with some units, by their places, in this order."""
+        place = np.full(self.num_units, -1, self.unit_ids.dtype)
+        place[units] = np.arange(len(units))
+        tokens = np.flatnonzero(place[self.unit_ids] >= 0)
+        return Encoded(
+            input_ids=self.input_ids[tokens],
+            unit_ids=place[self.unit_ids[tokens]],
+            unit_prior=self.unit_prior[units],
+            unit_features=self.unit_features[units],
+            unit_selectable=self.unit_selectable[units],
+            oracle=self.oracle[units],
+            gains=self.gains[units],
+            units_left_out=self.units_left_out + self.num_units - len(units),
+            unit_vectors=None if self.unit_vectors is None else self.unit_vectors[units],
+        )
+
 
 def encode(
     units: Sequence[Unit], tokenizer: DocumentTokenizer, *, abstract: str = "", max_tokens: int | None = None

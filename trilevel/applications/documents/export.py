@@ -68,7 +68,7 @@ def export(
         task="documents",
         name="documents" if source is None else folder.name,
         module=ScoringGraph(model).eval(),
-        calls=_calls(tokenizer),
+        calls=probe_calls(tokenizer),
         axes=AXES,
         output="scores",
         settings={
@@ -133,7 +133,7 @@ def _run(model: torch.nn.Module, batch: DocumentBatch) -> Tensor:
     return scores
 
 
-def _calls(tokenizer: DocumentTokenizer) -> list[dict[str, Tensor]]:
+def probe_calls(tokenizer: DocumentTokenizer) -> list[dict[str, Tensor]]:
     """Probes of built-in text: pieces by turns, the long ones of the whole document."""
     whole = encode(split_units(builtin_document()), tokenizer)
     pieces = [encode(split_units(piece), tokenizer) for piece in builtin_pieces()]

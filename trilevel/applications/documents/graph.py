@@ -58,16 +58,23 @@ class ScoringGraph(nn.Module):
         backbone, encoder = self.model.config.tokens, self.model.encoder
         assert isinstance(backbone, Backbone)
         assert encoder is not None
-        before, after = backbone.ids_before, backbone.ids_after
-        ids = pad(input_ids, (len(before), len(after)), value=PADDING_ID)
-        place = torch.arange(ids.shape[1], device=ids.device)
-        end = unit_ends.amax(1, keepdim=True) + len(before)
-        for number, special in enumerate(before):
-            ids = torch.where(place == number, special, ids)
-        for number, special in enumerate(after):
-            ids = torch.where(place == end + number, special, ids)
-        hidden: Tensor = encoder(ids, padding_mask=place >= end + len(after))
-        return hidden.index_select(1, torch.arange(input_ids.shape[1], device=ids.device) + len(before))
+        ids, padding = with_specials(input_ids, unit_ends, backbone)
+        hidden: Tensor = encoder(ids, padding_mask=padding)
+        own = torch.arange(input_ids.shape[1], device=ids.device) + len(backbone.ids_before)
+        return hidden.index_select(1, own)
+
+
+def with_specials(input_ids: Tensor, unit_ends: Tensor, backbone: Backbone) -> tuple[Tensor, Tensor]:
+    """Ids (batch, places) with special tokens around each document's (batch, tokens), and what of them is padding."""
+    before, after = backbone.ids_before, backbone.ids_after
+    ids = pad(input_ids, (len(before), len(after)), value=PADDING_ID)
+    place = torch.arange(ids.shape[1], device=ids.device)
+    end = unit_ends.amax(1, keepdim=True) + len(before)
+    for number, special in enumerate(before):
+        ids = torch.where(place == number, special, ids)
+    for number, special in enumerate(after):
+        ids = torch.where(place == end + number, special, ids)
+    return ids, place >= end + len(after)
 
 
 def mean_between(x: Tensor, starts: Tensor, ends: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from trilevel.applications.images.batches import ImageBatches
 from trilevel.applications.images.checkpoint import CHECKPOINT_FOLDER, Run, load_run, save_run
 from trilevel.applications.images.objective import check_alike
-from trilevel.applications.images.recipe import data_path
 from trilevel.applications.images.score import logits_of, with_channels
 from trilevel.compression.distill import Outputs, outputs_of
 from trilevel.compression.written import write_json
 from trilevel.data.image_folder import ImageSet, check_images, check_labels, load_images
 from trilevel.data.image_sources import Progress
+from trilevel.data.places import data_path
 from trilevel.errors import ConfigError, InputError
 from trilevel.model.checkpoint import weights_sha256
 from trilevel.model.config import from_mapping

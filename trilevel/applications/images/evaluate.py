@@ -11,11 +11,11 @@ import numpy as np
 
 from trilevel.applications.classification.evaluate import Outcome, compare, report
 from trilevel.applications.images.checkpoint import Run
-from trilevel.applications.images.recipe import data_path
 from trilevel.applications.images.score import classify
 from trilevel.compression.measure import count_parameters
 from trilevel.data.image_folder import check_labels, load_images
 from trilevel.data.image_sources import SPLITS, Progress
+from trilevel.data.places import data_path
 from trilevel.errors import ConfigError, InputError
 
 __all__ = ["HeldOut", "Outcome", "check_comparable", "compare", "evaluate", "facts", "held_out", "report"]

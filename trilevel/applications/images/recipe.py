@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from trilevel.applications.images.score import logits_of
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.data.image_folder import ImageSet, check_images, load_images
 from trilevel.data.image_sources import Progress
+from trilevel.data.places import data_path
 from trilevel.errors import ConfigError
 from trilevel.model.checkpoint import weights_sha256
 from trilevel.model.config import EncoderConfig, from_mapping, levels_from_json
@@ -154,14 +154,6 @@ def parse_size(given: str) -> tuple[int, int]:
     if not (1 <= len(parts) <= 2 and all(part.isdecimal() and int(part) > 0 for part in parts)):
         raise ConfigError(f"size={given!r} must be a number of pixels, such as 32, or height and width, such as 32x48.")
     return int(parts[0]), int(parts[-1])
-
-
-def data_path(given: str | Path) -> Path:
-    """A folder or archive where it is said to be, else below the folder that TRILEVEL_DATA names."""
-    path, root = Path(given), os.environ.get("TRILEVEL_DATA")
-    if path.exists() or path.is_absolute() or not root or not (Path(root) / path).exists():
-        return path
-    return Path(root) / path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

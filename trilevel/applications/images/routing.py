@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trilevel.applications.images.recipe import data_path
 from trilevel.artifact.manifest import Artifact, labels_of
 from trilevel.data.image_folder import check_labels, load_images
 from trilevel.data.images import with_channels
+from trilevel.data.places import data_path
 from trilevel.errors import InputError
 from trilevel.routing.samples import Samples
 

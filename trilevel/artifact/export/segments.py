@@ -1,4 +1,4 @@
-"""A classifier with exits as graphs that are run one after another: no weight is stored twice."""
+"""Models with exits as graphs that are run one after another: no weight is stored twice."""
 
 from __future__ import annotations
 
@@ -19,19 +19,34 @@ MASK = "attention_mask"
 HIDDEN, LOGITS = "hidden", "logits"
 
 
-class SegmentGraph(nn.Module):
-    """One segment with the head behind it, and nothing of the others.
+class Piece(nn.Module):
+    """A segment.
+
+    Attributes:
+        reads: names of what it takes, in order.
+        gives: names of what it returns, in order; `NEXT` begins those that the next segment reads. One stands alone.
+    """
+
+    reads: tuple[str, ...]
+    gives: tuple[str, ...]
+
+
+class SegmentGraph(Piece):
+    """One segment of a classifier with the head behind it, and nothing of the others.
 
     Args:
         model: with exits; left alone.
         segment: its number, from 0; the first has the embedding.
+        reads: names of the model's inputs, what is embedded and the mask where there is one.
     """
 
-    def __init__(self, model: Any, segment: int) -> None:
+    def __init__(self, model: Any, segment: int, reads: Sequence[str]) -> None:
         super().__init__()
+        self.reads = tuple(reads) if segment == 0 else (HIDDEN, *(name for name in reads if name == MASK))
         self.model, self.segment = copy.deepcopy(model), segment
         ends = (0, *model.config.exits, len(model.encoder.stack.blocks))
         self.is_last = segment == len(ends) - 2
+        self.gives = (LOGITS,) if self.is_last else (NEXT + HIDDEN, LOGITS)
         blocks, heads = self.model.encoder.stack.blocks, self.model.exits
         for place in range(len(blocks)):
             if not ends[segment] <= place < ends[segment + 1]:
@@ -48,8 +63,13 @@ class SegmentGraph(nn.Module):
         return logits if self.is_last else (hidden, logits)
 
 
+def classifier_segments(model: Segmented, reads: Sequence[str]) -> list[Piece]:
+    """The segments of a classifier with exits; `reads` are the names of its inputs."""
+    return [SegmentGraph(model, number, reads) for number in range(len(model.config.exits) + 1)]
+
+
 def export_segments(
-    model: Segmented,
+    pieces: Sequence[Piece],
     family: str,
     example: Mapping[str, Tensor],
     axes: Mapping[str, Sequence[int | str]],
@@ -58,23 +78,25 @@ def export_segments(
     """Write the segments of a model as files of a family in `folder`.
 
     Args:
-        model: in evaluation mode.
+        pieces: one after another.
         family: its name, see `Manifest.families`.
-        example: inputs of the model, first what is embedded, then the mask where there is one; see `export_onnx`.
-        axes: see `export_onnx`, for the inputs, `hidden` and `logits`.
+        example: what the first one reads; see `export_onnx`.
+        axes: see `export_onnx`, for all that any of them reads or gives, without `NEXT`.
         folder: to write to.
     """
     made = []
-    given, named = dict(example), {**axes, NEXT + HIDDEN: axes[HIDDEN]}
-    for number in range(len(model.config.exits) + 1):
-        graph = SegmentGraph(model, number).eval()
-        names = LOGITS if graph.is_last else (NEXT + HIDDEN, LOGITS)
-        inputs, outputs = export_onnx(graph, given, named, folder / segment_file(family, number), output=names)
-        made.append(Segment(inputs=inputs, outputs=outputs))
-        if not graph.is_last:
-            with torch.no_grad():
-                hidden, _ = graph(*given.values())
-            given = {HIDDEN: hidden} | {name: tensor for name, tensor in given.items() if name == MASK}
+    given = dict(example)
+    named = {**axes, **{NEXT + name: own for name, own in axes.items()}}
+    for number, piece in enumerate(pieces):
+        inputs = {name: given[name] for name in piece.reads}
+        path, module = folder / segment_file(family, number), piece.eval()
+        wanted = piece.gives if len(piece.gives) > 1 else piece.gives[0]
+        reads, gives = export_onnx(module, inputs, named, path, output=wanted)
+        made.append(Segment(inputs=reads, outputs=gives))
+        with torch.no_grad():
+            found = piece(*inputs.values())
+        tensors = found if isinstance(found, tuple) else (found,)
+        given |= {name.removeprefix(NEXT): tensor for name, tensor in zip(piece.gives, tensors, strict=True)}
     return tuple(made)
 
 

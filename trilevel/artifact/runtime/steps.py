@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from trilevel.artifact.manifest import NEXT, Artifact
 from trilevel.artifact.probe import Arrays
+from trilevel.artifact.runtime.focus import KEPT, focused, scattered
 from trilevel.artifact.runtime.predictor import Precision, Predictor, Runtime, load_predictor
+from trilevel.routing.paths import Family
 
-Outputs = npt.NDArray[np.floating[Any]]
-_LOGITS = "logits"
+Outputs = npt.NDArray[Any]
+AROUND = "special_tokens"
+"""Setting of a documents artifact: how many stand before a document, and how many behind it."""
 
 
 class SegmentSteps:
@@ -40,6 +42,9 @@ class SegmentSteps:
         count = 1 if family is None else max(1, len(artifact.manifest.families.get(family, ())))
         parts = [artifact if family is None else artifact.segment(family, number) for number in range(count)]
         self._inputs = [set(part.manifest.inputs) for part in parts]
+        self._focus = None if family is None else Family.parse(family).focus_fraction
+        before, behind = artifact.manifest.settings.get(AROUND, (0, 0))
+        self._around = (int(before), int(behind))
         self._predictors: list[Predictor] = [
             load_predictor(part, runtime, threads=threads, precision=precision) for part in parts
         ]
@@ -52,18 +57,30 @@ class SegmentSteps:
         """The graph of the first segment; of the whole model, its only one."""
         return self._predictors[0]
 
-    def run(self, segment: int, arrays: Arrays) -> tuple[dict[str, npt.NDArray[Any]], Outputs]:
-        """What the next segment reads, and logits (batch, classes), of inputs or of what the segment before gave."""
-        found = self._predictors[segment].run(arrays)
-        logits = found.pop(_LOGITS)
-        state = {name.removeprefix(NEXT): array for name, array in found.items()}
-        return self._kept(segment + 1, arrays) | state, logits
+    def run(
+        self, segment: int, arrays: Arrays, *, ranks: Outputs | None = None
+    ) -> tuple[dict[str, npt.NDArray[Any]], Outputs]:
+        """What the next segment reads, and the outputs (batch, ...) of the head, of inputs or of the state before.
+
+        With focus only some units go on behind the first segment, by its scores, or by `ranks` where given.
+        """
+        found = self._predictors[segment].run(
+            {name: array for name, array in arrays.items() if name in self._inputs[segment]} if segment else arrays
+        )
+        state = {name.removeprefix(NEXT): found.pop(name) for name in list(found) if name.startswith(NEXT)}
+        (outputs,) = found.values()
+        if KEPT in arrays:
+            outputs = scattered(outputs, arrays[KEPT])
+        if segment + 1 == self.num_segments:
+            return {}, outputs
+        state = self._kept(segment + 1, arrays) | state
+        if self._focus is not None and segment == 0:
+            state = focused(state, outputs if ranks is None else ranks, self._focus, self._around)
+        return state, outputs
 
     def _kept(self, segment: int, arrays: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         """Inputs that the next segment reads too, such as the mask."""
-        if segment == self.num_segments:
-            return {}
-        return {name: array for name, array in arrays.items() if name in self._inputs[segment]}
+        return {name: array for name, array in arrays.items() if name in self._inputs[segment] or name == KEPT}
 
     def kernels(self) -> dict[str, str]:
         """What is executed, by the segment's number and the operator's name."""
