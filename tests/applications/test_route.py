@@ -19,6 +19,7 @@ from trilevel.applications.images.recipe import Schedule
 from trilevel.applications.route import Options, Routing, route
 from trilevel.applications.route_family import default_plan, make_family
 from trilevel.applications.route_outcomes import Machine
+from trilevel.artifact.audited import AuditedPredictor
 from trilevel.artifact.manifest import CERTIFICATE_FILE, read_artifact
 from trilevel.artifact.platform import isa_class
 from trilevel.artifact.routed import RoutedPredictor, read_certificate, read_router
@@ -162,6 +163,20 @@ def test_explanations(folder: Path, routed: Routing) -> None:
     assert predictor.rule is not None
 
 
+def test_the_bench_of_paths(folder: Path, routed: Routing) -> None:
+    write_images(folder / "bench" / "train", 30, seed=3)
+    write_images(folder / "bench" / "test", 150, seed=29)
+    options = ["bench", "paths", "--task", f"{folder / 'artifact'}={folder / 'bench'}", "--smoke", "--json"]
+    done = CliRunner().invoke(app, [*options, "--threads", "1"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.output.strip().splitlines()[-1])
+    assert [row["batch"] for row in report["rows"]] == [1, 8]
+    (task,) = report["measurements"]
+    assert task["same_alone"]
+    assert task["loss"] <= 0.05
+    assert [row["noise"] for row in task["drift"]] == [0, 16, 32, 64]
+
+
 def test_certified_anew_on_another_runtime(folder: Path, routed: Routing) -> None:
     shutil.copytree(folder / "artifact", folder / "other")
     write_images(folder / "fresh", 300, seed=11)
@@ -181,6 +196,34 @@ def test_certified_anew_on_another_runtime(folder: Path, routed: Routing) -> Non
     assert certificate.platform.runtime == "openvino"
 
 
+def changed(predictor: RoutedPredictor, given: np.ndarray) -> float:
+    """Share of the answers that differ from the full path's."""
+    routed, full = predictor.route({"pixels": given}), predictor.whole.run({"pixels": given})["logits"]
+    return float(np.mean([one.output.argmax() != own.argmax() for one, own in zip(routed, full, strict=True)]))
+
+
+def test_an_audit_finds_images_that_changed(folder: Path, routed: Routing, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    # leaves behind the first segment whatever it says, as a certificate of other images would let it
+    setting = {"int8/start": 1.0, "int8/1": 0.0, "int8/2": 0.0}
+    predictor = RoutedPredictor(routed.artifact, "onnxruntime", threads=1)
+    assert predictor.rule is not None
+    predictor.rule = replace(predictor.rule, setting=setting)
+    audited = AuditedPredictor(predictor, tmp_path / "audit.json")
+    clean = pixels(200)
+    # little is left of them
+    noisy = np.clip(clean * 0.1 + rng.integers(0, 230, clean.shape), 0, 255).astype(np.uint8)
+    calm, moved = changed(predictor, clean), changed(predictor, noisy)
+    assert calm <= audited.audit.config.alpha < 0.1 <= moved
+    for start in range(0, 10_000, 200):
+        audited.run({"pixels": clean}, ids=[f"calm-{start + row}" for row in range(200)])
+    assert not audited.audit.is_alarmed
+    for start in range(0, 10_000, 200):
+        audited.run({"pixels": noisy}, ids=[f"moved-{start + row}" for row in range(200)])
+    assert audited.audit.is_alarmed
+    assert {one.path for one in predictor.route({"pixels": noisy[:5]})} == {"float32/1"}
+
+
 # what is refused
 
 
@@ -193,6 +236,11 @@ def test_known_samples(folder: Path, routed: Routing) -> None:
     with pytest.raises(InputError, match="are among those that the model was trained on"):
         route(folder / "run", folder / "known", folder / "no", options, **arguments)
     assert not (folder / "no").exists()
+    # the artifact knows them too
+    shutil.copytree(folder / "artifact", folder / "own")
+    done = CliRunner().invoke(app, ["certify", str(folder / "own"), str(folder / "images"), "--runtime", "onnxruntime"])
+    assert done.exit_code == 2
+    assert "are among those that the model was trained on" in done.stderr
     found = route(folder / "run", folder / "known", folder / "few", replace(options, drop_known=True), **arguments)
     assert not found.report["is_certified"]
     assert "more samples" in found.report["promise"]

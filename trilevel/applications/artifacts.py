@@ -130,10 +130,12 @@ def explained(
     artifact = read_artifact(folder)
     recorder = Recorder(RoutedPredictor(artifact, runtime, threads=threads), read_latency(artifact))
     task = open_task(artifact, recorder)
+    is_text = artifact.manifest.task == "documents"
     for given in inputs:
-        (prediction,) = task.predict([given])
+        (prediction,) = task.predict([Path(given) if is_text and Path(given).is_file() else given])
         if recorder.found:
-            yield given, str(prediction.label), recorder.found.pop()
+            said = f"{len(prediction.indices)} sentences" if is_text else str(prediction.label)
+            yield given, said, recorder.found.pop()
 
 
 def open_task(artifact: Artifact, predictor: Predictor) -> Any:

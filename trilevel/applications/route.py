@@ -18,6 +18,7 @@ from trilevel.applications.route_outcomes import Machine, batches_of, collect, s
 from trilevel.artifact.check import default_runtime
 from trilevel.artifact.manifest import (
     CERTIFICATE_FILE,
+    KNOWN_FILE,
     LATENCY_FILE,
     PAGE_FILE,
     ROUTER_FILE,
@@ -44,7 +45,7 @@ from trilevel.routing.features import features_of
 from trilevel.routing.latency import LatencyTable
 from trilevel.routing.outcomes import split_groups
 from trilevel.routing.paths import Family
-from trilevel.routing.samples import Samples, check_apart, without_known
+from trilevel.routing.samples import Samples, beginnings, check_apart, without_known
 from trilevel.routing.targets import Target
 
 TRIES_FILE = "tries.json"
@@ -147,11 +148,14 @@ def route(
         raise ConfigError(f"{source} is an artifact with one path. Name the run it was made of, to make others.")
     steps = machine.open(artifact)
     check_path_probes(artifact, steps)
-    split = _split(artifact, origin, data, options)
-    return _routed(artifact, split, out, options, machine, steps, folder, progress)
+    known = _known(artifact, origin)
+    split = _split(artifact, origin, data, options, known)
+    return _routed(artifact, split, out, options, machine, steps, folder, progress, known)
 
 
-def _split(artifact: Artifact, origin: Origin | None, data: str | Path | None, options: Options) -> dict[str, Samples]:
+def _split(
+    artifact: Artifact, origin: Origin | None, data: str | Path | None, options: Options, known: set[str]
+) -> dict[str, Samples]:
     """Samples that fit, prove and report; no group in two of them, none that the model was trained on."""
     if data is None and origin is None:
         raise InputError("an artifact knows no data. Name data with labels that its model has not seen.")
@@ -168,7 +172,6 @@ def _split(artifact: Artifact, origin: Origin | None, data: str | Path | None, o
             test = None
         parts = _parted(held, (0.25, 0.5, 0.25) if test is None else (1 / 3, 2 / 3), options.seed)
         parts += [] if test is None else [test]
-    known = set() if origin is None else _known(artifact, origin)
     named = dict(zip(("tune", "prove", "test"), parts, strict=True))
     for name, samples in named.items():
         if options.drop_known:
@@ -178,8 +181,10 @@ def _split(artifact: Artifact, origin: Origin | None, data: str | Path | None, o
     return named
 
 
-def _known(artifact: Artifact, origin: Origin) -> set[str]:
-    """Digests of what the run was trained on."""
+def _known(artifact: Artifact, origin: Origin | None) -> set[str]:
+    """Digests of what the run was trained on, or their beginnings; an artifact keeps those."""
+    if origin is None:
+        return set(artifact.file(KNOWN_FILE).read_text("ascii").split()) if KNOWN_FILE in artifact.hashes else set()
     if artifact.manifest.task == "documents":
         from trilevel.applications.documents.routing import known_digests
 
@@ -201,6 +206,7 @@ def _routed(
     steps: Mapping[str, SegmentSteps],
     work: Path,
     progress: Progress,
+    known: set[str],
 ) -> Routing:
     table = time_paths(
         artifact,
@@ -234,7 +240,7 @@ def _routed(
     changed = most_changed(found["prove"], decision, 1 - options.confidence)
     certificate = _certificate(artifact, decision, changed, options, machine, steps, split["prove"], tries)
     report = _report(artifact, decision, certificate, split, table, options, machine)
-    return Routing(artifact=_written(artifact, out, decision, certificate, table, report), report=report)
+    return Routing(artifact=_written(artifact, out, decision, certificate, table, report, known), report=report)
 
 
 def promised_labels(artifact: Artifact) -> tuple[str, ...]:
@@ -338,6 +344,7 @@ def _written(
     certificate: Certificate | None,
     table: LatencyTable,
     report: Mapping[str, Any],
+    known: set[str],
 ) -> Artifact:
     texts: dict[str, Any] = {
         ROUTER_FILE: decision.router.to_dict(),
@@ -350,6 +357,8 @@ def _written(
         name: partial(shutil.copyfile, artifact.file(name)) for name in artifact.hashes if name not in _REPLACED
     }
     files |= {name: partial(write_json, values=values) for name, values in texts.items()}
+    if known:
+        files[KNOWN_FILE] = partial(_write, text="\n".join(sorted(beginnings(known))) + "\n")
     page = route_page(report)
     files[PAGE_FILE] = lambda path: _write(path, page)
     return write_artifact(out, artifact.manifest, files)

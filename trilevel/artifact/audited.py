@@ -15,7 +15,7 @@ from trilevel.artifact.probe import Arrays
 from trilevel.artifact.routed import RoutedPredictor
 from trilevel.errors import ConfigError
 from trilevel.routing.audit import Audit, AuditConfig
-from trilevel.routing.certificate import SEAL
+from trilevel.routing.certificate import SEAL, Certificate
 from trilevel.routing.executor import Routed
 from trilevel.routing.targets import parse_target
 
@@ -54,8 +54,7 @@ class AuditedPredictor:
         if self._state.exists():
             self.audit = Audit.load(self._state, certificate=seal)
         else:
-            bound = max(target.alpha for target in targets)
-            alpha = max(bound, certificate.measured.get("disagreement", 0.0))
+            alpha = watched(certificate)
             self.audit = Audit(AuditConfig(alpha=alpha, certificate=seal, shadow_share=shadow_share))
         self._stop_if_alarmed()
 
@@ -97,6 +96,12 @@ class AuditedPredictor:
                 f"{self.audit.config.alpha:.1%} is allowed, so every input takes the full path"
             )
             _LOG.warning("%s", self.predictor.reason)
+
+
+def watched(certificate: Certificate) -> float:
+    """The share of answers that may differ from the full path's before an audit alarms."""
+    bound = max(parse_target(proof.target).alpha for proof in certificate.proofs)
+    return max(bound, certificate.measured.get("disagreement", 0.0))
 
 
 def _contents(inputs: Arrays) -> list[str]:

@@ -27,8 +27,10 @@ CERTIFICATE_FILE = "certificate.json"
 LATENCY_FILE = "latency.json"
 ROUTING_FILE = "routing.json"
 PAGE_FILE = "report.html"
+KNOWN_FILE = "known.txt"
+"""Beginnings of the SHA-256 of what the model was trained on, one a line."""
 FILES = {MODEL_FILE, PROBE_FILE, TOKENIZER_FILE, CARD_FILE, REPORT_FILE}
-ROUTING_FILES = {PATHS_FILE, ROUTER_FILE, CERTIFICATE_FILE, LATENCY_FILE, ROUTING_FILE, PAGE_FILE}
+ROUTING_FILES = {PATHS_FILE, ROUTER_FILE, CERTIFICATE_FILE, LATENCY_FILE, ROUTING_FILE, PAGE_FILE, KNOWN_FILE}
 """Of an artifact with paths."""
 NEXT = "next_"
 """Begins the name of what a segment gives to the input of that name of the next one."""

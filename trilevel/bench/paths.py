@@ -18,13 +18,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from trilevel.applications.route import load_samples
+from trilevel.applications.route import load_samples, promised_labels
 from trilevel.applications.route_outcomes import Machine, collect, sample_ms
+from trilevel.artifact.audited import watched
 from trilevel.artifact.manifest import ROUTING_FILE, Artifact, read_artifact
 from trilevel.artifact.routed import RoutedPredictor, read_latency
 from trilevel.artifact.runtime.predictor import Runtime
+from trilevel.artifact.runtime.steps import SegmentSteps
+from trilevel.bench.chain import chain_8k, chain_bars, summarize_10k
+from trilevel.bench.drift import drift
 from trilevel.bench.harness import Bar, Progress, Report, interleave
 from trilevel.compression.written import read_json
+from trilevel.data.places import data_path
 from trilevel.errors import CertificateError, InputError, require
 from trilevel.routing.certify import certify
 from trilevel.routing.decision import Promise, answers, fixed_settings
@@ -56,6 +61,7 @@ class PathsCase:
         draws: calibration sets for the validity of certificates.
         budget_s: of each task's timing at each batch size.
         work: folder where answers are kept between runs; None for the artifact's folder with `.bench` behind its name.
+        long_documents: joined to 8,192 tokens, for the chain of a summariser; 0 leaves out that and the 10,000 words.
     """
 
     tasks: Sequence[tuple[Path, Path]]
@@ -65,6 +71,7 @@ class PathsCase:
     draws: int = 2_000
     budget_s: float = 60.0
     work: Path | None = None
+    long_documents: int = 6
 
 
 def run(case: PathsCase, progress: Progress) -> Report:
@@ -74,12 +81,32 @@ def run(case: PathsCase, progress: Progress) -> Report:
         InputError: the data cannot be used, or an artifact has no certificate here.
         ArtifactError: an artifact is damaged or has one path.
     """
-    found = [_Task.open(case, Path(folder), data).measured(case, progress) for folder, data in case.tasks]
+    tasks = [_Task.open(case, Path(folder), data) for folder, data in case.tasks]
+    found = [task.measured(case, progress) for task in tasks]
+    chain = summary = None
+    if case.long_documents:
+        for task in (task for task in tasks if task.samples.task == "documents"):
+            chain = chain_8k(
+                task.artifact,
+                task.predictor,
+                task.data,
+                documents=case.long_documents,
+                budget_s=case.budget_s / 4,
+                work=task.work,
+                tell=lambda what: progress(what, 0.0),
+            )
+        summary = summarize_10k(torch.get_num_threads(), lambda what: progress(what, 0.0))
     return Report(
         case="paths",
         rows=[row for task in found for row in task["rows"]],
-        bars=_bars(found),
-        settings={"runtime": case.runtime, "threads": torch.get_num_threads(), "batches": list(case.batches)},
+        bars=[*_bars(found), *(chain_bars(chain, summary) if case.long_documents else [])],
+        settings={
+            "runtime": case.runtime,
+            "threads": torch.get_num_threads(),
+            "batches": list(case.batches),
+            "chain_8k": chain,
+            "summarize_10k": summary,
+        },
         measurements=[{name: value for name, value in task.items() if name != "rows"} for task in found],
         broken=[task["task"] for task in found if not task["same_alone"]],
     )
@@ -101,6 +128,7 @@ class _Task:
     artifact: Artifact
     predictor: RoutedPredictor
     samples: Samples
+    data: Path
     report: Mapping[str, Any]
     target: Target
     work: Path
@@ -116,6 +144,7 @@ class _Task:
             artifact=artifact,
             predictor=predictor,
             samples=load_samples(artifact, data, split="test", limit=None),
+            data=data_path(data),
             report=report,
             target=parse_target(report["targets"][0]),
             work=case.work or folder.with_name(f"{folder.name}.bench"),
@@ -124,7 +153,9 @@ class _Task:
     def measured(self, case: PathsCase, progress: Progress) -> dict[str, Any]:
         name = self.artifact.manifest.name
         rng = np.random.default_rng(0)
-        some = self.samples.some(rng.permutation(len(self.samples))[: case.samples].tolist())
+        # of documents a tenth: each is as long as dozens of sentences
+        count = case.samples if self.samples.judge is None else max(8, case.samples // 10)
+        some = self.samples.some(rng.permutation(len(self.samples))[:count].tolist())
         rows = [self._timed(some, batch, case.budget_s, partial(progress, f"{name}, batch")) for batch in case.batches]
         machine = Machine(runtime=case.runtime, threads=torch.get_num_threads())
         steps = machine.open(self.artifact)
@@ -149,8 +180,23 @@ class _Task:
             "vs_full_best": fmean(row["vs_full_best"] for row in rows),
             "vs_fixed": fmean(row["vs_fixed"] for row in rows),
             "prediction_error": again[False].error(again[True]),
+            "drift": self._drift(machine, steps, progress),
             **self._validity(outcomes, case.draws),
         }
+
+    def _drift(
+        self, machine: Machine, steps: Mapping[str, SegmentSteps], progress: Progress
+    ) -> list[dict[str, Any]] | None:
+        """Of images; what noise is to texts nobody knows."""
+        certificate, rule = self.predictor.certificate, self.predictor.rule
+        if self.samples.task != "images" or certificate is None or rule is None:
+            return None
+
+        def run(samples: Samples, name: str) -> Outcomes:
+            kept = self.work / f"{name}.npz"
+            return collect(self.artifact, machine, samples, steps, kept, progress=progress, what=name)
+
+        return drift(self.samples, run, rule.router, rule.setting, watched(certificate))
 
     def _fixed(self) -> tuple[str, Mapping[str, float]]:
         """The cheapest fixed path that was proved, by the artifact's own report."""
@@ -226,8 +272,8 @@ class _Task:
         )
 
     def _promise(self) -> Promise:
-        labels = tuple(self.artifact.manifest.settings["labels"])
-        return Promise(targets=[self.target], delta=1 - float(self.report["confidence"]), labels=labels)
+        delta = 1 - float(self.report["confidence"])
+        return Promise(targets=[self.target], delta=delta, labels=promised_labels(self.artifact))
 
     def _loss(self, outcomes: Outcomes) -> float:
         assert self.predictor.rule is not None

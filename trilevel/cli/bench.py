@@ -147,7 +147,7 @@ def paths(
         torch.set_num_threads(threads)
     case = PathsCase(tasks=parse_tasks(task), runtime=runtime)  # type: ignore[arg-type]  # checked when it is opened
     if smoke:
-        case = dataclasses.replace(case, samples=16, draws=50, budget_s=1.0, batches=(1, 8))
+        case = dataclasses.replace(case, samples=16, draws=50, budget_s=1.0, batches=(1, 8), long_documents=0)
     with progress_bar() as progress:
         report = run(case, progress)
     _finish(report, [paths_table(report)], as_json=as_json, out=out)
