@@ -58,6 +58,7 @@ class PathsCase:
         runtime: what runs the paths.
         batches: most samples at once.
         samples: that are timed.
+        limit: test samples that are run; None for all.
         draws: calibration sets for the validity of certificates.
         budget_s: of each task's timing at each batch size.
         work: folder where answers are kept between runs; None for the artifact's folder with `.bench` behind its name.
@@ -68,6 +69,7 @@ class PathsCase:
     runtime: Runtime = "onnxruntime"
     batches: tuple[int, ...] = (1, 8, 32)
     samples: int = 256
+    limit: int | None = None
     draws: int = 2_000
     budget_s: float = 60.0
     work: Path | None = None
@@ -143,7 +145,7 @@ class _Task:
         return _Task(
             artifact=artifact,
             predictor=predictor,
-            samples=load_samples(artifact, data, split="test", limit=None),
+            samples=load_samples(artifact, data, split="test", limit=case.limit),
             data=data_path(data),
             report=report,
             target=parse_target(report["targets"][0]),

@@ -135,6 +135,7 @@ def paths(
     out: Out = None,
     threads: Threads = None,
     runtime: Annotated[str, typer.Option(help="That the artifacts were certified on.")] = "onnxruntime",
+    limit: Annotated[int | None, typer.Option(min=1, help="Test samples of each task; default: all.")] = None,
 ) -> None:
     """Routed artifacts beside the full path and the best fixed one, and how often certificates hold (10 min a task)."""
     import dataclasses
@@ -145,7 +146,7 @@ def paths(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    case = PathsCase(tasks=parse_tasks(task), runtime=runtime)  # type: ignore[arg-type]  # checked when it is opened
+    case = PathsCase(tasks=parse_tasks(task), runtime=runtime, limit=limit)  # type: ignore[arg-type]  # checked later
     if smoke:
         case = dataclasses.replace(case, samples=16, draws=50, budget_s=1.0, batches=(1, 8), long_documents=0)
     with progress_bar() as progress:
