@@ -18,8 +18,8 @@ from trilevel.applications.documents.backbone import backbone_of
 from trilevel.applications.documents.encoded import Encoded, encode
 from trilevel.applications.documents.graph import ScoringGraph
 from trilevel.applications.documents.model import DocumentConfig, DocumentModel
-from trilevel.applications.documents.route_family import default_plan, make_document_family
 from trilevel.applications.documents.rouge import rouge
+from trilevel.applications.documents.route_family import default_plan, make_document_family
 from trilevel.applications.documents.routing import Row, collate, digest_of, judged, known_digests, length_of
 from trilevel.applications.documents.segments import DocumentPaths
 from trilevel.applications.documents.tokenizer import DocumentTokenizer

@@ -53,7 +53,7 @@ Progress = Callable[[str, float], None]
 class DataConfig:
     """The table `data` of a plan: documents of the training that heads learn from, cut to `max_tokens`; batches."""
 
-    documents: int = 1_200
+    documents: int = 600
     max_tokens: int = 4_096
     max_batch_tokens: int = 20_480
     seed: int = 0

@@ -75,7 +75,7 @@ class DocumentPaths(nn.Module):
 
     def pieces(self) -> list[DocumentPiece]:
         """One graph for each segment, with nothing of the others."""
-        return [DocumentPiece(self, segment) for segment in range(len(self.heads))]
+        return [FirstPiece(self), *(DeepPiece(self, segment) for segment in range(1, len(self.heads)))]
 
     def forward(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         """Scores (batch, units) of each head, of the inputs of the whole graph."""
@@ -133,18 +133,45 @@ class DocumentPiece(Piece):
         for place in range(len(self.paths.heads)):
             if place != segment:
                 self.paths.heads[place] = nn.Identity()
-        if segment > 0:
-            self.paths.words = None
-        has_words = paths.words is not None
-        words = (WORDS,) if has_words else ()
-        self.reads = INPUTS if segment == 0 else (HIDDEN, *words, *UNITS)
-        is_last = segment == len(paths.heads) - 1
-        said = (NEXT + WORDS,) if segment == 0 and has_words else ()
-        self.gives = (SCORES,) if is_last else (NEXT + HIDDEN, *said, SCORES)
+        self.is_last = segment == len(paths.heads) - 1
 
-    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+
+class FirstPiece(DocumentPiece):
+    """From tokens to hidden states and means of words."""
+
+    reads = INPUTS
+
+    def __init__(self, paths: DocumentPaths) -> None:
+        super().__init__(paths, 0)
+        self.gives = (NEXT + HIDDEN, SCORES) if paths.words is None else (NEXT + HIDDEN, SCORES, NEXT + WORDS)
+
+    def forward(
+        self, input_ids: Tensor, token_prior: Tensor, unit_ends: Tensor, unit_features: Tensor, unit_prior: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Map what it reads to what it gives; a pretrained encoder takes no prior of tokens."""
+        given = {"input_ids": input_ids, **dict(zip(UNITS, (unit_ends, unit_features, unit_prior), strict=True))}
+        hidden, words, scores = self.paths.run(0, given)
+        return (hidden, scores) if words is None else (hidden, scores, words)
+
+
+class DeepPiece(DocumentPiece):
+    """From hidden states to deeper ones."""
+
+    def __init__(self, paths: DocumentPaths, segment: int) -> None:
+        super().__init__(paths, segment)
+        self.paths.words = None
+        self.reads = (HIDDEN, *UNITS) if paths.words is None else (HIDDEN, *UNITS, WORDS)
+        self.gives = (SCORES,) if self.is_last else (NEXT + HIDDEN, SCORES)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        unit_ends: Tensor,
+        unit_features: Tensor,
+        unit_prior: Tensor,
+        words: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Map what it reads to what it gives."""
-        hidden, words, scores = self.paths.run(self.segment, dict(zip(self.reads, inputs, strict=True)))
-        if self.gives == (SCORES,):
-            return scores
-        return (hidden, words, scores) if NEXT + WORDS in self.gives and words is not None else (hidden, scores)
+        given = {HIDDEN: hidden, **dict(zip(UNITS, (unit_ends, unit_features, unit_prior), strict=True))}
+        hidden, _, scores = self.paths.run(self.segment, given if words is None else {**given, WORDS: words})
+        return scores if self.is_last else (hidden, scores)

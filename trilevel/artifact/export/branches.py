@@ -33,11 +33,16 @@ def export_branches(artifact: Artifact, family: str, margins: Sequence[float], p
 
     Raises:
         ArtifactError: the artifact has no such family.
-        ConfigError: there are not as many margins as segments.
+        ConfigError: there are not as many margins as segments, or the artifact is of no classifier.
         MissingExtraError: onnx is not installed.
     """
     onnx = require("onnx", extra="export")
     artifact.segment(family, 0)
+    if LOGITS not in artifact.manifest.outputs:
+        raise ConfigError(
+            f"{artifact.path} chooses sentences between its graphs, which no graph can; its paths run with "
+            "trilevel.load. Classifiers can be written as one graph."
+        )
     count = len(artifact.manifest.families[family])
     if len(margins) != count:
         raise ConfigError(f"{len(margins)} margins were given for the {count} segments of {family}; give one each.")
