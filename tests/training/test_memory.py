@@ -3,44 +3,39 @@
 from __future__ import annotations
 
 import ctypes
-import json
-import subprocess
 import sys
 
 import pytest
+import torch
+
+from trilevel.training.memory import freed_memory_kept
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="of glibc alone"
 )
-# in a process of its own: what is mapped depends on all that was freed before
-SCRIPT = """
-import json, resource
-import torch
-from trilevel.training.memory import freed_memory_kept
+MIB = 1024 * 1024
 
-def faults():
-    # pages that the system had to bring for a tensor of 160 MiB that was freed before
-    torch.ones(40 * 2**20)
+
+def faults(mib: int) -> int:
+    """Pages that the system had to bring for a tensor that was freed before."""
+    import resource
+
+    torch.ones(mib * MIB // 4)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(40 * 2**20)
+    torch.ones(mib * MIB // 4)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-found = [faults()]
-with freed_memory_kept():
-    found.append(faults())
-found.append(faults())
-try:
-    with freed_memory_kept():
-        raise ValueError
-except ValueError:
-    found.append(faults())
-print(json.dumps(found))
-"""
 
 
 def test_large_tensors_come_from_what_was_freed() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, timeout=120)
-    outside, inside, behind, failed = json.loads(done.stdout)
-    # with huge pages 80 and more are brought, without 40,960
-    assert inside < 20
-    assert min(outside, behind, failed) > 40
+    outside = faults(160)
+    with freed_memory_kept():
+        inside = faults(160)
+    # huge pages bring 512 at once
+    assert inside < max(40, outside / 4)
+    assert faults(160) > 2 * inside + 40
+
+
+def test_it_ends_with_an_error_too() -> None:
+    with pytest.raises(ValueError, match="stopped"), freed_memory_kept():
+        raise ValueError("stopped")
+    assert faults(160) > 40
