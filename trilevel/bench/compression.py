@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +24,6 @@ from trilevel.bench.encoders_contenders import Models
 from trilevel.bench.harness import Bar, Progress, Report, interleave
 from trilevel.bench.memory import peak_process_bytes
 from trilevel.errors import ImplementationError, TrilevelError
-from trilevel.training.memory import freed_memory_kept
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,6 +67,7 @@ class CompressionCase:
 
 def run(case: CompressionCase, progress: Progress = lambda _what, _done: None) -> Report:
     """Check and time every contender at every length; bars at 512 and 8,192 tokens."""
+    page_faults_off()
     rows: list[dict[str, Any]] = []
     found: dict[str, applications.Application] = {}
     parts = len(case.lengths) + case.memory + (case.batch > 0) + (case.models is not None)
@@ -80,8 +82,6 @@ def run(case: CompressionCase, progress: Progress = lambda _what, _done: None) -
         settings["applications"] = [row for name, own in found.items() for row in own.rows(name)]
     start = int(case.models is not None)
     with ExitStack() as stack:
-        # memory that comes anew in every call flatters whatever allocates less than eager torch
-        stack.enter_context(freed_memory_kept())
         work = case.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)
         for place, tokens in enumerate(case.lengths, start):
@@ -112,6 +112,16 @@ def run(case: CompressionCase, progress: Progress = lambda _what, _done: None) -
 
 def _is_whole(case: CompressionCase) -> bool:
     return {SHORT, LONG} <= set(case.lengths) and case.memory and case.batch > 0
+
+
+def page_faults_off() -> None:
+    """Let glibc keep large blocks: mapped anew at every call they flatter whatever allocates less than eager torch."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            m_trim_threshold, m_mmap_threshold, largest = -1, -3, 2**31 - 1
+            libc.mallopt(m_mmap_threshold, largest)
+            libc.mallopt(m_trim_threshold, largest)
 
 
 def _measure(case: CompressionCase, encoders: Encoders, tokens: int) -> list[dict[str, Any]]:

@@ -41,7 +41,6 @@ from trilevel.routing.paths import PathSet
 from trilevel.routing.router import Rule, settings
 from trilevel.routing.samples import Samples
 from trilevel.routing.targets import Target, parse_target
-from trilevel.training.memory import freed_memory_kept
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,12 +83,6 @@ def run(case: PathsCase, progress: Progress) -> Report:
         InputError: the data cannot be used, or an artifact has no certificate here.
         ArtifactError: an artifact is damaged or has one path.
     """
-    # memory that comes anew in every call flatters whatever allocates less
-    with freed_memory_kept():
-        return _run(case, progress)
-
-
-def _run(case: PathsCase, progress: Progress) -> Report:
     tasks = [_Task.open(case, Path(folder), data) for folder, data in case.tasks]
     found = [task.measured(case, progress) for task in tasks]
     chain = summary = None

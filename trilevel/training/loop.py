@@ -22,7 +22,6 @@ from trilevel.model.checkpoint import has_checkpoint, load_checkpoint, save_chec
 from trilevel.training.config import TrainConfig
 from trilevel.training.interrupt import StopRequest, TrainingInterrupted
 from trilevel.training.log import TrainingLog
-from trilevel.training.memory import freed_memory_kept
 from trilevel.training.optimizer import learning_rate, make_optimizer
 from trilevel.training.progress import ProgressBar
 
@@ -112,7 +111,6 @@ def fit(
     began = time.perf_counter()
     try:
         with (
-            freed_memory_kept(),
             StopRequest() as stop,
             ProgressBar(steps=config.steps, start_step=start, is_shown=show_progress and is_main) as bar,
         ):
