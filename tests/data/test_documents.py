@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from trilevel.data import readers
 from trilevel.data.documents import load_jsonl, read_file
 from trilevel.errors import InputError, MissingExtraError
 
@@ -262,3 +263,9 @@ def test_a_missing_library_names_its_extra(tmp_path: Path, monkeypatch: pytest.M
     path.write_text("# T\ntext")
     with pytest.raises(MissingExtraError, match=r"trilevel\[readers\]"):
         read_file(path)
+
+
+@pytest.mark.parametrize("text", ["", " \n\n\t\n", "\n"])
+def test_a_text_without_a_word_has_no_lines(text: str) -> None:
+    # a file of it is refused before; a body of a request is not
+    assert readers.read_text(text).text == ""

@@ -18,6 +18,7 @@ from trilevel.cli import (
     info,
     predict,
     route,
+    serve,
     summarize,
     train,
     verify,
@@ -27,7 +28,7 @@ from trilevel.errors import TrilevelError
 
 COMMANDS = (
     *("demo", "summarize", "convert", "train", "compress", "export", "route", "certify", "route-explain", "verify"),
-    *("evaluate", "predict", "bench", "info"),
+    *("evaluate", "predict", "serve", "serve-key", "bench", "info"),
 )
 
 
@@ -92,5 +93,7 @@ app.command("route-explain")(route.route_explain)
 app.command("verify")(verify.verify)
 app.add_typer(evaluate.app, name="evaluate")
 app.command("predict")(predict.predict)
+app.command("serve")(serve.serve)
+app.command("serve-key")(serve.serve_key)
 app.add_typer(bench.app, name="bench")
 app.command("info")(info.info)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -45,10 +45,14 @@ def load_image(path: str | Path) -> Tensor:
     return torch.from_numpy(read_image(path))
 
 
-def read_image(path: str | Path) -> Pixels:
+def read_image(path: str | Path | BinaryIO, *, name: str | None = None) -> Pixels:
     """One image as red, green and blue: uint8 (3, height, width), turned as its EXIF says, the first of an animation.
 
     What is transparent lies on white, as in transformers' `convert_to_rgb`.
+
+    Args:
+        path: of a file, or one that is open.
+        name: of it in messages; None for the path.
 
     Raises:
         InputError: the file is missing, damaged, of another kind, has more than 8 bits a channel, or more pixels than
@@ -56,25 +60,26 @@ def read_image(path: str | Path) -> Pixels:
         MissingExtraError: Pillow is not installed (extra `convert`).
     """
     pil, operations = require("PIL.Image", extra="convert"), require("PIL.ImageOps", extra="convert")
+    said = str(path) if name is None else name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pil.DecompressionBombWarning)
             with pil.open(path, formats=_FORMATS) as image:
-                rgb = _rgb(operations.exif_transpose(image), path)
+                rgb = _rgb(operations.exif_transpose(image), said)
     except InputError:
         raise
     except (pil.DecompressionBombWarning, pil.DecompressionBombError) as error:
         raise InputError(
-            f"{path}: over {pil.MAX_IMAGE_PIXELS:,} pixels; such an image is not read. Make it smaller or take it away."
+            f"{said}: over {pil.MAX_IMAGE_PIXELS:,} pixels; such an image is not read. Make it smaller or take it away."
         ) from error
     except Exception as error:  # Pillow raises many kinds on damaged files
         raise InputError(
-            f"{path}: not a readable image ({error}). {', '.join(_FORMATS)} are read; save it again or take it away."
+            f"{said}: not a readable image ({error}). {', '.join(_FORMATS)} are read; save it again or take it away."
         ) from error
     return _channels_first(rgb)
 
 
-def _rgb(image: Any, path: str | Path) -> Any:
+def _rgb(image: Any, path: str) -> Any:
     if image.mode == "F" or image.mode.startswith("I"):
         raise InputError(
             f"{path}: an image of more than 8 bits a channel (Pillow's mode {image.mode}), which would be cut off at "

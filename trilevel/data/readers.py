@@ -33,7 +33,8 @@ def read_text(text: str) -> Content:
     """Plain text: hard-wrapped paragraphs are joined, underlined lines are headings, indented code is left out."""
     lines: list[str] = []
     for block in re.split(r"\n[ \t]*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
-        lines.extend(_text_block([line.rstrip() for line in block.split("\n") if line.strip()]))
+        found = [line.rstrip() for line in block.split("\n") if line.strip()]
+        lines.extend(_text_block(found) if found else ())
     return _content(lines)
 
 

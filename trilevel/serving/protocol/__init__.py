@@ -1,0 +1,1 @@
+"""How tensors and requests travel: the Open Inference Protocol, version 2."""
