@@ -177,6 +177,7 @@ def test_a_supervisor_that_stood_still_kills_nobody(tmp_path: Path) -> None:
     async def work() -> None:
         async with pool_of(tmp_path, liveness_timeout_s=0.4) as pool:
             pids = pool.pids
+            await asyncio.sleep(0.15)
             # all of a container is frozen for a while, and the worker is the last to go on
             os.kill(pids[0], signal.SIGSTOP)
             time.sleep(0.9)
