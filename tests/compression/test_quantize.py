@@ -235,6 +235,15 @@ def test_small_tables_scores_and_skipped_modules_stay_float() -> None:
     assert list(targets(model, QuantizeConfig(skip=("head.1",), quantize_embeddings=False))) == ["head.0", "headless"]
 
 
+def test_a_star_stands_for_any_text() -> None:
+    model = encoder()
+    every = [name for name in targets(model, QuantizeConfig()) if ".ffn." in name]
+    assert len(every) == 2 * len(model.stack.blocks)
+    left = targets(model, QuantizeConfig(skip=("stack.blocks.*.ffn",)))
+    assert not set(every) & set(left)
+    assert set(left) | set(every) == set(targets(model, QuantizeConfig()))
+
+
 def test_float_inputs_are_rounded_in_their_weights_alone() -> None:
     model = encoder()
     rounded = quantize(model, QuantizeConfig(float_inputs=("stack.blocks.0.ffn",)), batches())

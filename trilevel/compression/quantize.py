@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, get_args
 
@@ -51,8 +52,9 @@ class QuantizeConfig:
         embedding_bits: 8 with a scale for each row, or 4 with one for each group.
         smooth: alpha of SmoothQuant, 0 to 1; None for none. Nothing to smooth with `activations=None`.
         learned_ranges: scales of inputs and weights are parameters for the training that follows; else they stay.
-        skip: names of modules that stay float, with everything in them.
-        float_inputs: names of modules whose weights alone are rounded, in everything in them.
+        skip: names of modules that stay float, with everything in them; `*` stands for any text, as in
+            `encoder.stack.blocks.*.ffn`.
+        float_inputs: names, in the same way, of modules whose weights alone are rounded, in everything in them.
 
     Raises:
         ConfigError: a value is unknown or contradicts another.
@@ -173,7 +175,7 @@ def targets(model: nn.Module, config: QuantizeConfig) -> dict[str, nn.Linear | n
     names = {name for name, _ in model.named_modules()}
     for option, given in {"skip": config.skip, "float_inputs": config.float_inputs}.items():
         for name in given:
-            if name not in names:
+            if not any(fnmatchcase(own, name) for own in names):
                 raise ConfigError(
                     f"{option} names {name!r}, which the model has not; its modules are those of named_modules()."
                 )
@@ -193,7 +195,7 @@ def targets(model: nn.Module, config: QuantizeConfig) -> dict[str, nn.Linear | n
 
 
 def _is_within(name: str, others: tuple[str, ...]) -> bool:
-    return any(name == other or name.startswith(f"{other}.") for other in others)
+    return any(fnmatchcase(name, other) or fnmatchcase(name, f"{other}.*") for other in others)
 
 
 def _is_plain(table: nn.Embedding) -> bool:
