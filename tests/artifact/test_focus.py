@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from trilevel.artifact.runtime.focus import LEAST_TOKENS, OUT, chosen_units, focused, kept_tokens, scattered
 
 
-@pytest.mark.parametrize(("tokens", "kept"), [(1, 1), (512, 512), (513, 512), (2_560, 512), (2_561, 513), (5_120, 1_024)])
+@pytest.mark.parametrize(
+    ("tokens", "kept"), [(1, 1), (512, 512), (513, 512), (2_560, 512), (2_561, 513), (5_120, 1_024)]
+)
 def test_tokens_that_go_on(tokens: int, kept: int) -> None:
     assert LEAST_TOKENS == 512
     assert kept_tokens(tokens, 0.2) == kept

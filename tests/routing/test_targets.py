@@ -61,7 +61,9 @@ def test_graded_losses() -> None:
     assert drop.nothing == 0.5
 
 
-@pytest.mark.parametrize("text", ["harm:0.01", "agreement:0.02", "net:0.005", "recall=fraud:0.01", "bounded:0.25", "drop:0.01"])
+@pytest.mark.parametrize(
+    "text", ["harm:0.01", "agreement:0.02", "net:0.005", "recall=fraud:0.01", "bounded:0.25", "drop:0.01"]
+)
 def test_text(text: str) -> None:
     assert parse_target(text).name == text
 
