@@ -36,9 +36,7 @@ def serve(
     runtime: Annotated[
         RuntimeName | None, typer.Option(help="Default: that of the certificate, else openvino on x86.")
     ] = None,
-    keys: Annotated[
-        Path | None, typer.Option(help="File of API keys (trilevel serve-key).")
-    ] = None,
+    keys: Annotated[Path | None, typer.Option(help="File of API keys (trilevel serve-key).")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate in PEM, with --tls-key.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key, without a password.")] = None,
     tls_client_ca: Annotated[Path | None, typer.Option(help="That signs clients' certificates (mTLS).")] = None,

@@ -48,9 +48,7 @@ def model(source: Source) -> DocumentModel:
 def rows(source: Source, document: Document) -> list[Row]:
     tokenizer = DocumentTokenizer(source.tokenizer)
     documents = [document, replace(document, text="\n".join([TEXT] * 13)), replace(document, text=TEXT[300:])]
-    return [
-        Row(document=one, units=split_units(one), encoded=encode(split_units(one), tokenizer)) for one in documents
-    ]
+    return [Row(document=one, units=split_units(one), encoded=encode(split_units(one), tokenizer)) for one in documents]
 
 
 def in_segments(model: DocumentModel, *, fraction: float = 0.2) -> DocumentPaths:
