@@ -23,6 +23,7 @@ from trilevel.artifact.audited import AuditedPredictor
 from trilevel.artifact.manifest import CERTIFICATE_FILE, read_artifact
 from trilevel.artifact.platform import isa_class
 from trilevel.artifact.routed import RoutedPredictor, read_certificate, read_router
+from trilevel.artifact.runtime.predictor import load_predictor
 from trilevel.cli.main import app
 from trilevel.compression.exits import ExitsConfig
 from trilevel.compression.plan import CompressionPlan, Recovery, Stage
@@ -248,11 +249,39 @@ def test_known_samples(folder: Path, routed: Routing) -> None:
     assert model.predict([next((folder / "known").rglob("*.png"))])[0].label in LABELS
 
 
+@pytest.mark.parametrize(("isa", "stages"), [("avx512_vnni", ["exits", "quantize"]), ("avx2", ["exits"])])
+def test_cheap_paths_are_rounded_where_that_is_faster(
+    monkeypatch: pytest.MonkeyPatch, isa: str, stages: list[str]
+) -> None:
+    monkeypatch.setattr("trilevel.artifact.platform.isa_class", lambda: isa)
+    assert [stage.name for stage in default_plan().stages] == stages
+
+
+def test_exits_in_float_go_on_to_the_full_path(folder: Path, routed: Routing) -> None:
+    found = route(
+        folder / "run", folder / "held", folder / "float", Options(targets=TARGETS, budget_s=0.5),
+        plan=replace(PLAN, stages=PLAN.stages[:1]), machine=MACHINE, work=folder / "float.work", **SILENT,
+    )  # fmt: skip
+    assert found.artifact.manifest.full_path == "float32/2"
+    assert {row["name"] for row in found.report["rows"]} >= {"float32/1", "float32/2", "ours"}
+    setting = {"float32/start": 1.0, "float32/1": 1e9}
+    predictor = RoutedPredictor(found.artifact, "onnxruntime", threads=1, setting=setting)
+    given = pixels(9)
+    deep = predictor.route({"pixels": given})
+    # nobody began anew, and the end of the segments is the graph that stands beside them
+    assert {(one.path, one.segments_run) for one in deep} == {("float32/2", 2)}
+    whole = load_predictor(found.artifact, "onnxruntime", threads=1).run({"pixels": given})["logits"]
+    np.testing.assert_allclose(np.stack([one.output for one in deep]), whole, atol=1e-4)
+    np.testing.assert_allclose(predictor.whole.run({"pixels": given})["logits"], whole, atol=1e-4)
+    shallow = RoutedPredictor(found.artifact, "onnxruntime", threads=1, setting=setting | {"float32/1": 0.0})
+    assert {one.path for one in shallow.route({"pixels": given})} == {"float32/1"}
+    load(folder / "float", runtime="onnxruntime", threads=1)
+
+
 def test_plans_and_models_that_make_no_paths(folder: Path, routed: Routing) -> None:
-    assert [stage.name for stage in default_plan().stages] == ["exits", "quantize"]
     arguments: dict[str, Any] = {"seed": 0, "limit": None, "progress": lambda *_: None, "tell": print, **SILENT}
     plain = replace(PLAN, stages=PLAN.stages[1:])
-    with pytest.raises(ConfigError, match=r"the plan has the stages quantize; paths need \[exits\] and \[quantize\]"):
+    with pytest.raises(ConfigError, match=r"the plan has the stages quantize; paths need \[exits\]"):
         make_family(folder / "run", None, plain, folder / "work", **arguments)
     with pytest.raises(ConfigError, match="must be a float image or text classifier without exits"):
         make_family(folder / "artifact.work" / "model", None, PLAN, folder / "work", **arguments)

@@ -222,11 +222,12 @@ def _routed(
         name: collect(artifact, machine, samples, steps, work / f"{name}.npz", progress=progress, what=name)
         for name, samples in split.items()
     }
+    full = artifact.manifest.full_path
     tries = _tries(work, artifact, split["prove"], options, machine)
     delta = (1 - options.confidence) * share_of_delta(tries)
     promise = Promise(targets=options.targets, delta=delta, labels=promised_labels(artifact))
     families = {
-        name: [Family.parse(name).at(segment + 1).name for segment in range(len(segments))]
+        name: [path for number in range(len(segments)) if (path := Family.parse(name).at(number + 1).name) != full]
         for name, segments in artifact.manifest.families.items()
     }
     decision = decide(

@@ -17,6 +17,7 @@ from trilevel.applications.kinds import kind_of
 from trilevel.artifact.export.artifact import check_target, example_of, precision_of
 from trilevel.artifact.export.segments import Piece, classifier_segments, export_segments, segment_probes
 from trilevel.artifact.manifest import PATHS_FILE, Artifact, is_artifact, read_artifact, write_artifact
+from trilevel.artifact.platform import has_integer_products
 from trilevel.artifact.probe import Probe, write_probes
 from trilevel.compression.compress import compress
 from trilevel.compression.distill import DistillConfig
@@ -46,13 +47,11 @@ class Origin(Protocol):
 
 
 def default_plan() -> CompressionPlan:
-    """Exits after every third of the blocks, trained by the run for 300 steps; then INT8, 100 steps."""
+    """Exits after every third of the blocks, trained by the run for 300 steps; 100 of INT8 where that is faster."""
+    exits = Stage(name="exits", config=ExitsConfig(), recovery=Recovery(steps=300))
+    rounding = Stage(name="quantize", config=QuantizeConfig(), recovery=Recovery(steps=100))
     return CompressionPlan(
-        stages=(
-            Stage(name="exits", config=ExitsConfig(), recovery=Recovery(steps=300)),
-            Stage(name="quantize", config=QuantizeConfig(), recovery=Recovery(steps=100)),
-        ),
-        losses=DistillConfig(hidden_weight=0.5),
+        stages=(exits, rounding) if has_integer_products() else (exits,), losses=DistillConfig(hidden_weight=0.5)
     )
 
 
@@ -74,14 +73,15 @@ def make_family(
     Args:
         source: run of a classifier, or of a summariser on a pretrained encoder; it stays the reference.
         data: of the training of a summariser, whose run does not know it.
-        plan: with exits and rounding; None for `default_plan`, or that of documents.
+        plan: with exits; None for `default_plan`, or that of documents. With rounding the run is the full path, without
+            the copy that it makes.
         work: folder of what is kept between calls.
         seed: of training.
         limit: training examples, for a try.
         progress, show_progress, tell: told of what is done.
 
     Raises:
-        ConfigError: the plan has no exits or no rounding, or the run is no float classifier without exits.
+        ConfigError: the plan has no exits, or the run is no float classifier without exits.
         as `compress` and `export`.
     """
     if kind_of(source) == "documents":
@@ -90,10 +90,9 @@ def make_family(
         )
     plan = default_plan() if plan is None else plan
     kinds = [stage.name for stage in plan.stages]
-    if not {"exits", "quantize"} <= set(kinds):
+    if "exits" not in kinds:
         raise ConfigError(
-            f"the plan has the stages {', '.join(kinds)}; paths need [exits] and [quantize], as recipes/paths-*.toml "
-            "have them."
+            f"the plan has the stages {', '.join(kinds)}; paths need [exits], as recipes/paths-*.toml have it."
         )
     task = load_task(source, limit=limit, options=plan.data, progress=progress)
     if precision_of(task.model) != "float32" or getattr(task.model.config, "exits", None) != ():
@@ -104,7 +103,10 @@ def make_family(
     origin: Origin = task.run.origin  # type: ignore[attr-defined]  # of both classifiers
     if read_json(work / "draft.json") == key and is_artifact(folder):
         return read_artifact(folder), origin
-    whole = export(source, work / "whole", tell=tell)
+    # without rounding the copy is the full path itself, and its exits are ends on the way
+    is_float = precision_of(made.model) == "float32"
+    whole = _whole(made.folder if is_float else source, work, key["model"] if is_float else key["source"], tell)
+    whole = replace(whole, manifest=replace(whole.manifest, name=Path(source).resolve().name))
     tell("writing the segments")
     artifact = _classifier_draft(whole, made.model, task, work)
     write_json(work / "draft.json", key)
@@ -125,11 +127,20 @@ def _documents(
     made = make_document_family(source, data, plan, work, **options)
     if read_json(work / "draft.json") == {"key": made.key} and is_artifact(work / "draft"):
         return read_artifact(work / "draft"), made.origin
-    whole = export(source, work / "whole", tell=tell)
+    whole = _whole(source, work, made.key.partition(" ")[0], tell)
     tell("writing the segments")
     artifact = _draft(whole, made.name, made.pieces, made.example, made.axes, made.probes, made.settings, work)
     write_json(work / "draft.json", {"key": made.key})
     return artifact, made.origin
+
+
+def _whole(source: str | Path, work: Path, key: str, tell: Tell) -> Artifact:
+    """The graph of a model in float, which takes minutes, made once."""
+    folder = work / "whole"
+    if read_json(work / "whole.json") != {"key": key} or not is_artifact(folder):
+        export(source, folder, tell=tell)
+        write_json(work / "whole.json", {"key": key})
+    return read_artifact(folder)
 
 
 def _classifier_draft(whole: Artifact, model: Any, task: CompressionTask, work: Path) -> Artifact:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trilevel.artifact.manifest import Artifact
+from trilevel.artifact.manifest import FULL_FAMILY, Artifact
 from trilevel.artifact.platform import isa_class
 from trilevel.artifact.routed import model_hash
 from trilevel.artifact.runtime.predictor import Precision, Runtime
@@ -24,10 +24,6 @@ from trilevel.routing.outcomes import Outcomes, load_outcomes
 from trilevel.routing.paths import Family, PathSet
 from trilevel.routing.router import margin
 from trilevel.routing.samples import Samples
-
-FULL_FAMILY = "float32"
-FULL = f"{FULL_FAMILY}/1"
-"""The whole graph, in one segment."""
 
 
 def batches_of(task: str) -> tuple[int, ...]:
@@ -51,6 +47,8 @@ class Machine:
         """The steps of all families, the full path's last."""
         options: dict[str, Any] = {"threads": self.threads, "precision": self.precision}
         steps = {name: SegmentSteps(artifact, name, self.runtime, **options) for name in artifact.manifest.families}
+        if FULL_FAMILY in steps:
+            return steps
         return steps | {FULL_FAMILY: SegmentSteps(artifact, None, self.runtime, **options)}
 
     def key(self, artifact: Artifact, steps: Mapping[str, SegmentSteps]) -> dict[str, Any]:
@@ -103,7 +101,7 @@ def collect(
     predictions, grades = _judged(samples, outputs)
     found = Outcomes(
         paths=tuple(paths),
-        full=FULL,
+        full=artifact.manifest.full_path,
         predictions=predictions,
         margins=np.array([margin(np.stack(said)) for said in outputs]),
         features=np.concatenate([features(samples.collate([row], samples.length_of(row))) for row in samples.rows]),

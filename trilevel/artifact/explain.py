@@ -127,7 +127,8 @@ def _explained(predictor: RoutedPredictor, table: LatencyTable, inputs: Arrays, 
     spent = asked[-1].ms
     if asked[-1].is_taken:
         return Explanation(path=asked[-1].path, starts=starts, asked=asked, ms=spent, full_ms=full_ms)
-    return Explanation(path=router.full, starts=starts, asked=asked, ms=spent + full_ms, full_ms=full_ms)
+    lost = spent if router.restarts(router.families[begun]) else 0.0
+    return Explanation(path=router.full, starts=starts, asked=asked, ms=lost + full_ms, full_ms=full_ms)
 
 
 def _asked(

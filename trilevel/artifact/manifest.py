@@ -32,6 +32,8 @@ KNOWN_FILE = "known.txt"
 FILES = {MODEL_FILE, PROBE_FILE, TOKENIZER_FILE, CARD_FILE, REPORT_FILE}
 ROUTING_FILES = {PATHS_FILE, ROUTER_FILE, CERTIFICATE_FILE, LATENCY_FILE, ROUTING_FILE, PAGE_FILE, KNOWN_FILE}
 """Of an artifact with paths."""
+FULL_FAMILY = "float32"
+"""Of the full path; without segments of its own it is the whole graph, in one."""
 NEXT = "next_"
 """Begins the name of what a segment gives to the input of that name of the next one."""
 _FAMILY = re.compile(r"[a-z][a-z0-9_]*(/[a-z][a-z0-9_+=.]*)*")
@@ -98,6 +100,11 @@ class Manifest:
                 for name, segments in families.items()
             }
         return values
+
+    @property
+    def full_path(self) -> str:
+        """The path that all others are measured against: the end of the float family, or the whole graph."""
+        return f"{FULL_FAMILY}/{len(self.families.get(FULL_FAMILY, (None,)))}"
 
     @property
     def segment_files(self) -> dict[str, tuple[str, int]]:

@@ -10,6 +10,14 @@ from pathlib import Path
 _WIDEST = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "i8mm", "asimddp", "asimd")
 
 
+_INTEGERS = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "asimddp")
+
+
+def has_integer_products() -> bool:
+    """Whether INT8 is faster than float32 here; without such instructions it is not (decision 0017)."""
+    return isa_class() in _INTEGERS
+
+
 @cache
 def isa_class() -> str:
     """The widest instruction set for products of integers, by Linux's name; elsewhere the machine's name."""

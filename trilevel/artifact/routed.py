@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -134,7 +135,9 @@ class RoutedPredictor:
         self.paths = paths_of(self.router)
         options: dict[str, Any] = {"threads": threads, "precision": precision}
         full = self.paths.full.family.name
-        self.steps = {full: SegmentSteps(artifact, None, runtime, **options)}
+        self.steps = {
+            full: SegmentSteps(artifact, full if full in artifact.manifest.families else None, runtime, **options)
+        }
         self.version = self.steps[full].version
         self.certificate: Certificate | None = None
         self.reason = ""
@@ -142,7 +145,7 @@ class RoutedPredictor:
             setting = self._certified(artifact)
         self.rule = None if setting is None else Rule(router=self.router, setting=setting)
         if self.rule is not None:
-            for rule in self.router.families:
+            for rule in (rule for rule in self.router.families if rule.name not in self.steps):
                 self.steps[rule.name] = SegmentSteps(artifact, rule.name, runtime, **options)
 
     def _certified(self, artifact: Artifact) -> Mapping[str, float] | None:
@@ -164,8 +167,10 @@ class RoutedPredictor:
 
     @property
     def whole(self) -> Predictor:
-        """The graph that is the full path."""
-        return self.steps[self.paths.full.family.name].first
+        """The full path for every row."""
+        twin = copy.copy(self)
+        twin.rule = None
+        return twin
 
     @property
     def platform(self) -> Platform:

@@ -239,18 +239,21 @@ class _Task:
         name, fixed = self._fixed()
         ours = self.predictor.rule.setting
         deepest = self._fixed_settings()
-        best = self.predictor.router.families[-1].paths[-1]
+        last = self.predictor.router.families[-1]
+        # the full path is its own best where the cheap paths are the beginnings of it
+        best = last.paths[-1] if self.predictor.router.restarts(last) else self.predictor.router.full
         runs: dict[str, Callable[[], object]] = {
             FULL: lambda: self._execute(samples, None, batch),
             OURS: lambda: self._execute(samples, ours, batch),
-            DEEPEST: lambda: self._execute(samples, deepest[best], batch),
         }
+        if best != self.predictor.router.full:
+            runs[DEEPEST] = lambda: self._execute(samples, deepest[best], batch)
         if name != self.predictor.router.full:
             runs[FIXED] = lambda: self._execute(samples, fixed, batch)
         progress(0.0)
         timings = interleave(runs, budget_s=budget_s, min_repeats=3, max_repeats=30)
         ms = {one: timing.median_ms / len(samples) for one, timing in timings.items()}
-        ms.setdefault(FIXED, ms[FULL])
+        ms = {FIXED: ms[FULL], DEEPEST: ms[FULL]} | ms
         return {
             "task": self.artifact.manifest.name,
             "batch": batch,

@@ -16,7 +16,7 @@ from trilevel.errors import ArtifactError, ConfigError
 from trilevel.routing.executor import Verdict
 from trilevel.routing.harm import NEVER, FeatureHarm, MarginHarm, fit_feature_harm, fit_margin_harm
 from trilevel.routing.outcomes import Outcomes
-from trilevel.routing.paths import Family
+from trilevel.routing.paths import Family, Path
 
 Floats = npt.NDArray[np.floating]
 Integers = npt.NDArray[np.integer]
@@ -61,7 +61,8 @@ class Router:
     """Rules of the families, cheapest first, and the path that everything else takes.
 
     An input begins with the first family whose start allows it and leaves behind the first segment whose margin
-    allows it. Who passes all segments of a family without leaving takes the full path, from its beginning.
+    allows it. Who passes all segments of a family without leaving takes the full path: from its beginning, or from
+    where it is if the full path is the end of the same family.
 
     Attributes:
         full: name of the path that is never wrong by definition.
@@ -115,6 +116,10 @@ class Router:
         if any(len(rule.exits) != len(rule.paths) or not rule.paths for rule in rules):
             raise ArtifactError("the router has paths without a rule. Route the model again (trilevel route).")
         return found
+
+    def restarts(self, rule: FamilyRule) -> bool:
+        """Whether who passes a family unsure begins the full path anew; else it is the same family, further on."""
+        return Path.parse(self.full).family.name != rule.name
 
     @property
     def sha256(self) -> str:
@@ -185,10 +190,16 @@ def most_saved(router: Router, ms: Mapping[str, float]) -> dict[str, float]:
     """Milliseconds that leaving behind each path saves at most."""
     full = ms[router.full]
     return {
-        path: full if path == rule.paths[-1] else ms[rule.paths[-1]] - ms[path]
+        path: _most_saved(ms[path], ms[rule.paths[-1]], full, restarts=router.restarts(rule))
         for rule in router.families
         for path in rule.paths
     }
+
+
+def _most_saved(own: float, last: float, full: float, *, restarts: bool) -> float:
+    if not restarts:
+        return full - own
+    return full if own == last else last - own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +217,9 @@ class Chosen:
         """Milliseconds of each sample, (samples,), from those of each path: one number, or (samples,)."""
         count = len(self.column)
         own = np.stack([np.broadcast_to(ms[path], count) for path in outcomes.paths])
-        lost = np.stack([np.broadcast_to(ms[rule.paths[-1]], count) for rule in router.families])
+        lost = np.stack(
+            [np.broadcast_to(ms[rule.paths[-1]] if router.restarts(rule) else 0.0, count) for rule in router.families]
+        )
         rows = np.arange(count)
         return np.asarray(own[self.column, rows] + np.where(self.is_escalated, lost[self.family, rows], 0.0))
 
@@ -298,10 +311,10 @@ def _saved(
     """What those that do not leave behind a path take afterwards, on average; nothing where all leave."""
     found = {}
     for rule in router.families:
-        later = np.where(
-            outcomes.margins[:, outcomes.column(rule.paths[-1])] >= setting[rule.paths[-1]], 0, ms[router.full]
-        )
-        spent = {rule.paths[-1]: np.full(len(outcomes), ms[router.full])}
+        last = rule.paths[-1]
+        rest = ms[router.full] - (0.0 if router.restarts(rule) else ms[last])
+        later = np.where(outcomes.margins[:, outcomes.column(last)] >= setting[last], 0, rest)
+        spent = {last: np.full(len(outcomes), rest)}
         for before, path in reversed(list(pairwise(rule.paths))):
             later = later + ms[path] - ms[before]
             spent[before] = later

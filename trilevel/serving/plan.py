@@ -235,8 +235,10 @@ class Plan:
             asked = tuple(self._asked(own, place, margin, length) for place, margin in enumerate(margins))
         full_ms = self._ms(self.full_name, length)
         spent = asked[-1].ms if asked else 0.0
-        ms = spent + full_ms if path == self.full_name else spent
-        found = Explanation(path=path, starts=starts, asked=asked, ms=ms, full_ms=full_ms)
+        if path == self.full_name:
+            restarts = asked and self.rule.router.restarts(own)
+            spent = full_ms + (spent if restarts else 0.0)
+        found = Explanation(path=path, starts=starts, asked=asked, ms=spent, full_ms=full_ms)
         return {
             "path": path,
             "starts": {name: {"harm": harm, "most": most} for name, (harm, most) in starts.items()},
@@ -244,7 +246,7 @@ class Plan:
                 {"path": one.path, "margin": one.margin, "harm": one.harm, "wanted": one.wanted, "ms": one.ms}
                 for one in asked
             ],
-            "ms": ms,
+            "ms": spent,
             "full_ms": full_ms,
             "said": found.said(),
         }

@@ -164,7 +164,7 @@ def test_documents_that_were_learned_from(folder: Path, routed: Routing, tmp_pat
 
 def test_plans_of_classifiers(folder: Path) -> None:
     trained = dataclasses.replace(PLAN.stages[1], recovery=Recovery(steps=5))
-    with pytest.raises(ConfigError, match=r"without \[quantize.train\]: its encoder stays as it is"):
+    with pytest.raises(ConfigError, match=r"\[quantize\] without \[quantize.train\]: its encoder stays as"):
         routed_as(folder, "no", "drop:0.2", plan=dataclasses.replace(PLAN, stages=(PLAN.stages[0], trained)))
     with pytest.raises(InputError, match="no document of the split 'train'"):
         route(

@@ -7,11 +7,10 @@ training what the blocks before it say of the units; behind the first segment it
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from trilevel.applications.documents.objective import objective
 from trilevel.applications.documents.segments import SCORES, WORDS, DocumentPaths, Seen
 from trilevel.artifact.export.artifact import example_of
 from trilevel.artifact.export.segments import Piece
+from trilevel.artifact.platform import has_integer_products
 from trilevel.artifact.probe import Probe
 from trilevel.artifact.runtime.focus import HIDDEN, KEPT
 from trilevel.compression.exits import ExitsConfig
@@ -93,14 +93,12 @@ class DocumentFamily:
 
 
 def default_plan(num_layers: int = 6) -> CompressionPlan:
-    """Heads behind a sixth, half and all of the blocks, a fifth of the tokens behind the first; INT8 untrained."""
+    """Heads behind a sixth, half and all of the blocks, a fifth of the tokens behind the first; INT8 if faster."""
     exits = ExitsConfig(after=(max(1, num_layers // 6), max(2, num_layers // 2)), focus=FOCUS)
     train = TrainConfig(steps=1, learning_rate=5e-4, weight_decay=0.05, final_fraction=0.02, checkpoint_every=60)
+    stages = (Stage(name="exits", config=exits, recovery=Recovery(steps=240, warmup_fraction=0.1, train=train)),)
     return CompressionPlan(
-        stages=(
-            Stage(name="exits", config=exits, recovery=Recovery(steps=240, warmup_fraction=0.1, train=train)),
-            Stage(name="quantize", config=QuantizeConfig()),
-        )
+        stages=(*stages, Stage(name="quantize", config=QuantizeConfig())) if has_integer_products() else stages
     )
 
 
@@ -120,7 +118,7 @@ def make_document_family(
     Args:
         source: run of a summariser on a pretrained encoder.
         data: documents with abstracts; those of the split `train` are learned from.
-        plan: with `[exits]` and `[quantize]`; None for `default_plan`.
+        plan: with `[exits]`, and `[quantize]` for INT8; None for `default_plan`.
         work: folder of what is kept between calls.
         seed: of training.
         limit: documents to learn from, for a try.
@@ -150,7 +148,7 @@ def make_document_family(
     if not corpus:
         raise InputError(f"{data}: no document of the split train has an abstract to learn from.")
     places, fraction = exits.places(num_layers), FOCUS if exits.focus is None else exits.focus
-    key = _key(source, documents, plan, seed, limit)
+    key = _key(source, documents, replace(plan, stages=plan.stages[:1]), seed, limit)
     heads = [_head_of(model) for _ in range(len(places) + 1)]
     paths = DocumentPaths(encoder, backbone, heads, places, fraction)
     trainer = _Trainer(
@@ -163,21 +161,21 @@ def make_document_family(
     for segment, seen in enumerate(trainer.vectors(paths, corpus, is_deep=True), start=1):
         heads[segment] = trainer.head(segment, heads[segment], seen)
     paths = DocumentPaths(encoder, backbone, heads, places, fraction).eval()
-    rounded = _rounded(paths, rounding, corpus)
+    made = paths if rounding is None else _rounded(paths, rounding, corpus)
     calls = probe_calls(tokenizer)
     axes: dict[str, tuple[int | str, ...]] = dict(AXES)
     axes |= {HIDDEN: ("batch", "places", backbone.vector_dim), WORDS: ("batch", "units", backbone.word_dim)}
     probes = [
         Probe(
             inputs={name: tensor.numpy() for name, tensor in call.items()},
-            outputs={SCORES: torch.stack(rounded(call), 1).numpy()},
+            outputs={SCORES: torch.stack(made(call), 1).numpy()},
         )
         for call in calls
     ]
     return DocumentFamily(
-        key=key,
-        name=f"int8/focus={fraction!r}",
-        pieces=rounded.pieces(),
+        key=f"{key} {plan.to_dict()}",
+        name=f"{'float32' if rounding is None else 'int8'}/focus={fraction!r}",
+        pieces=made.pieces(),
         example=dict(example_of(calls)),
         axes=axes,
         probes=probes,
@@ -186,15 +184,18 @@ def make_document_family(
     )
 
 
-def _parts(plan: CompressionPlan) -> tuple[ExitsConfig, Recovery, QuantizeConfig]:
-    stages = {stage.name: stage for stage in plan.stages}
-    exits, rounding = stages.get("exits"), stages.get("quantize")
-    if set(stages) != {"exits", "quantize"} or exits is None or rounding is None or not rounding.recovery.is_empty:
+def _parts(plan: CompressionPlan) -> tuple[ExitsConfig, Recovery, QuantizeConfig | None]:
+    exits, *others = plan.stages
+    rounding = others[0] if others else None
+    is_right = exits.name == "exits" and len(others) < 2 and (rounding is None or rounding.name == "quantize")
+    if not is_right or (rounding is not None and not rounding.recovery.is_empty):
         raise ConfigError(
-            f"the plan has the stages {', '.join(stages)}; paths of a summariser need [exits] and [quantize], without "
-            "[quantize.train]: its encoder stays as it is."
+            f"the plan has the stages {', '.join(stage.name for stage in plan.stages)}; paths of a summariser need "
+            "[exits], and for INT8 [quantize] without [quantize.train]: its encoder stays as it is."
         )
     assert isinstance(exits.config, ExitsConfig)
+    if rounding is None:
+        return exits.config, exits.recovery, None
     assert isinstance(rounding.config, QuantizeConfig)
     return exits.config, exits.recovery, rounding.config
 
@@ -290,7 +291,7 @@ def _restored(path: Path, corpus: Sequence[Encoded]) -> list[Encoded]:
         vectors, kept, counts = stored["vectors"], stored["kept"], stored["counts"]
     ends = np.cumsum(counts)
     return [
-        dataclasses.replace(one.only(kept[end - count : end]), unit_vectors=vectors[end - count : end])
+        replace(one.only(kept[end - count : end]), unit_vectors=vectors[end - count : end])
         for one, end, count in zip(corpus, ends, counts, strict=True)
     ]
 
@@ -298,7 +299,7 @@ def _restored(path: Path, corpus: Sequence[Encoded]) -> list[Encoded]:
 def _rounded(paths: DocumentPaths, config: QuantizeConfig, corpus: Sequence[Encoded]) -> DocumentPaths:
     """In INT8: heads and inputs of feed-forward parts stay float (decision 0020)."""
     inner = tuple(f"encoder.stack.blocks.{number}.ffn" for number in range(len(paths.encoder.stack.blocks)))
-    config = dataclasses.replace(config, skip=(*config.skip, "heads"), float_inputs=(*config.float_inputs, *inner))
+    config = replace(config, skip=(*config.skip, "heads"), float_inputs=(*config.float_inputs, *inner))
     batches = [
         {name: torch.from_numpy(array) for name, array in graph_inputs([one.cut(CALIBRATION_TOKENS)]).items()}
         for one in corpus[:CALIBRATION_DOCUMENTS]

@@ -52,11 +52,6 @@ class SegmentSteps:
         self.runtime, self.precision = runtime, precision
         self.version = self._predictors[0].version
 
-    @property
-    def first(self) -> Predictor:
-        """The graph of the first segment; of the whole model, its only one."""
-        return self._predictors[0]
-
     def run(
         self, segment: int, arrays: Arrays, *, ranks: Outputs | None = None
     ) -> tuple[dict[str, npt.NDArray[Any]], Outputs]:
