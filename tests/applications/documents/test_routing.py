@@ -82,7 +82,8 @@ def test_focus_lets_the_best_units_of_a_long_document_go_on(model: DocumentModel
     kept = seen[1].arrays["kept_units"][0]
     kept = kept[kept >= 0]
     assert seen[1].hidden.shape[1] == LEAST_TOKENS
-    assert 0.3 < len(kept) / encoded.num_units < 0.6
+    # half of the tokens, and short units fit best
+    assert 0.3 < len(kept) / encoded.num_units < 0.8
     # the best unit goes on, the worst does not
     first = seen[0].scores[0]
     assert first.argmax() in kept
@@ -113,12 +114,12 @@ def test_padding_changes_nothing(model: DocumentModel, rows: list[Row], number: 
 
 
 def test_summaries_are_graded(rows: list[Row]) -> None:
-    units = rows[0].encoded.num_units
+    units = rows[1].encoded.num_units
     scores = np.linspace(1, 0, units)
-    chosen, grades = judged(rows[0], np.stack([scores, scores[::-1], scores * 2]))
+    chosen, grades = judged(rows[1], np.stack([scores, scores[::-1], scores * 2]))
     assert chosen[0] == chosen[2] != chosen[1]
-    texts = [rows[0].units[place].text for place in chosen[1]]
-    assert grades[1] == pytest.approx(rouge(rows[0].document.abstract, texts)[0] / 100)
+    texts = [rows[1].units[place].text for place in chosen[1]]
+    assert grades[1] == pytest.approx(rouge(rows[1].document.abstract, texts)[0] / 100)
     assert grades[0] == grades[2]
     bare = replace(rows[0], document=replace(rows[0].document, abstract=""))
     assert judged(bare, np.stack([scores]))[1] == []
