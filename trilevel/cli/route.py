@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from trilevel.applications.route import Options, Routing
     from trilevel.applications.route_outcomes import Machine
 
-_MaxLoss = Annotated[float, typer.Option(help="What may be lost: harm (full path right, answer wrong), e.g. 0.01.")]
+_MaxLoss = Annotated[
+    float, typer.Option(help="What may be lost: harm (full path right, answer wrong); of ROUGE-1 for summaries.")
+]
 _Confidence = Annotated[float, typer.Option(help="That the loss is no larger.")]
 _Target = Annotated[
     list[str] | None,
     typer.Option(
-        help="Promise this instead: harm:0.01, agreement:0.02, net:0.01, recall=CLASS:0.01; may be given again."
+        help="Promise this instead: harm:0.01, agreement:0.02, net:0.01, recall=CLASS:0.01, drop:0.02; may be repeated."
     ),
 ]
 _Runtime = Annotated[RuntimeName | None, typer.Option(help="Default: openvino on x86, else onnxruntime.")]
@@ -32,11 +34,16 @@ _Json = Annotated[bool, typer.Option("--json", help="Print the report alone, as 
 
 
 def route(
-    source: Annotated[Path, typer.Argument(help="Run of a float image or text classifier, or an artifact with paths.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Run of a float classifier, or of a summariser on a pretrained encoder; or an artifact with paths."
+        ),
+    ],
     data: Annotated[Path, typer.Argument(help="Held-out data with labels, or the data of the run's own training.")],
     out: Annotated[Path, typer.Argument(help="Artifact to write; OUT.work keeps what was made on the way.")],
     plan: Annotated[
-        Path | None, typer.Option(help="How the cheap paths are made, as recipes/paths-*.toml; default: thirds, INT8.")
+        Path | None, typer.Option(help="How the cheap paths are made, as recipes/paths-*.toml; default: thirds.")
     ] = None,
     max_loss: _MaxLoss = 0.01,
     confidence: _Confidence = 0.95,
