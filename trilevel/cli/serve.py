@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trilevel.serving.catalog import Source
     from trilevel.serving.engine import EngineConfig
     from trilevel.serving.keys import Keys
-    from trilevel.serving.tls import Tls
+    from trilevel.serving.server import ServerConfig
 
 _SHIPPED = "documents"
 
@@ -81,30 +81,28 @@ def serve(
     import logging
 
     log_to(level=logging.WARNING if quiet else logging.INFO)
-    run(_serve(found, config, server, Keys() if keys is None else Keys.load(keys), timeout_s, tls))
+    run(_serve(found, config, server, Keys() if keys is None else Keys.load(keys), timeout_s))
 
 
 async def _serve(
     sources: tuple[Source, ...],
     config: EngineConfig,
-    server_config: object,
+    server_config: ServerConfig,
     keys: Keys,
     timeout_s: float,
-    tls: Tls | None,
 ) -> None:
     from trilevel.applications.serving import task_routes
     from trilevel.serving.engine import LocalEngine
     from trilevel.serving.front import Front
     from trilevel.serving.metrics import Metrics
-    from trilevel.serving.server import Server, ServerConfig
+    from trilevel.serving.server import Server
 
-    assert isinstance(server_config, ServerConfig)
     metrics = Metrics()
     async with LocalEngine(sources, config, metrics) as engine:
         front = Front(engine, keys=keys, metrics=metrics, timeout_s=timeout_s)
         routes = task_routes(engine, {source.name: source.folder for source in sources})
         server = Server(front, server_config, tasks=routes)
-        scheme = "http" if tls is None else "https"
+        scheme = "http" if server_config.tls is None else "https"
         names = ", ".join(f"{info.name} ({info.task}, {info.version[:12]})" for info in engine.models())
         typer.echo(f"serving {names}", err=True)
         typer.echo(f"{scheme}://{server_config.host}:{server_config.rest_port}", err=True)

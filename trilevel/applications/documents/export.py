@@ -32,6 +32,8 @@ from trilevel.model.folder import CONFIG_FILE
 
 CALIBRATION_TOKENS = 8_192
 """Of a document, at most."""
+FLOAT_INPUTS = "encoder.stack.blocks.*.ffn"
+"""Of a pretrained encoder: their weights alone are rounded (decision 0020)."""
 AXES: dict[str, tuple[int | str, ...]] = {
     "input_ids": ("batch", "tokens"),
     "token_prior": ("batch", "tokens"),
@@ -124,8 +126,9 @@ def _with_float_parts(config: QuantizeConfig, model: DocumentModel) -> QuantizeC
     """Of a model on a pretrained encoder some parts are computed in float (decision 0020)."""
     if model.unit_input is None or model.encoder is None:
         return config
-    inner = tuple(f"encoder.stack.blocks.{number}.ffn" for number in range(len(model.encoder.stack.blocks)))
-    return dataclasses.replace(config, skip=("units", "unit_input.map", "unit_input.word_map"), float_inputs=inner)
+    return dataclasses.replace(
+        config, skip=("units", "unit_input.map", "unit_input.word_map"), float_inputs=(FLOAT_INPUTS,)
+    )
 
 
 def _run(model: torch.nn.Module, batch: DocumentBatch) -> Tensor:

@@ -22,7 +22,7 @@ from trilevel.applications.documents.backbone import Backbone
 from trilevel.applications.documents.checkpoint import CHECKPOINT_FOLDER, load_run
 from trilevel.applications.documents.data import DocumentBatches, encode_corpus
 from trilevel.applications.documents.encoded import Encoded
-from trilevel.applications.documents.export import AXES, probe_calls
+from trilevel.applications.documents.export import AXES, CALIBRATION_TOKENS, FLOAT_INPUTS, probe_calls
 from trilevel.applications.documents.graph import mean_between
 from trilevel.applications.documents.model import DocumentModel
 from trilevel.applications.documents.objective import objective
@@ -45,7 +45,7 @@ from trilevel.training.config import TrainConfig
 from trilevel.training.loop import fit
 
 FOCUS = 0.2
-CALIBRATION_DOCUMENTS, CALIBRATION_TOKENS = 32, 8_192
+CALIBRATION_DOCUMENTS = 32
 Progress = Callable[[str, float], None]
 
 
@@ -298,8 +298,7 @@ def _restored(path: Path, corpus: Sequence[Encoded]) -> list[Encoded]:
 
 def _rounded(paths: DocumentPaths, config: QuantizeConfig, corpus: Sequence[Encoded]) -> DocumentPaths:
     """In INT8: heads and inputs of feed-forward parts stay float (decision 0020)."""
-    inner = tuple(f"encoder.stack.blocks.{number}.ffn" for number in range(len(paths.encoder.stack.blocks)))
-    config = replace(config, skip=(*config.skip, "heads"), float_inputs=(*config.float_inputs, *inner))
+    config = replace(config, skip=(*config.skip, "heads"), float_inputs=(*config.float_inputs, FLOAT_INPUTS))
     batches = [
         {name: torch.from_numpy(array) for name, array in graph_inputs([one.cut(CALIBRATION_TOKENS)]).items()}
         for one in corpus[:CALIBRATION_DOCUMENTS]
