@@ -42,20 +42,9 @@ class AuditedPredictor:
         certificate = predictor.certificate
         if certificate is None:
             raise ConfigError(f"there is nothing to audit: {predictor.reason}.")
-        targets = [parse_target(proof.target) for proof in certificate.proofs]
-        if any(target.kind in ("bounded", "drop") for target in targets):
-            raise ConfigError(
-                f"an audit watches answers that differ, and this certificate promises {targets[0].name}, how good they "
-                "are: two summaries of a document may differ and be as good. Leave the audit out."
-            )
         self.predictor, self._state = predictor, Path(state)
         self.runtime, self.version, self.precision = predictor.runtime, predictor.version, predictor.precision
-        seal = str(certificate.to_dict()[SEAL])
-        if self._state.exists():
-            self.audit = Audit.load(self._state, certificate=seal)
-        else:
-            alpha = watched(certificate)
-            self.audit = Audit(AuditConfig(alpha=alpha, certificate=seal, shadow_share=shadow_share))
+        self.audit = open_audit(certificate, self._state, shadow_share=shadow_share)
         self._stop_if_alarmed()
 
     def run(self, inputs: Arrays, ids: Sequence[str] | None = None) -> dict[str, npt.NDArray[Any]]:
@@ -91,11 +80,40 @@ class AuditedPredictor:
 
     def _stop_if_alarmed(self) -> None:
         if self.audit.is_alarmed and self.predictor.rule is not None:
-            self.predictor.stop(
-                f"the audit found {self.audit.mean:.1%} of {self.audit.samples:,} answers changed where "
-                f"{self.audit.config.alpha:.1%} is allowed, so every input takes the full path"
-            )
+            self.predictor.stop(alarm_of(self.audit))
             _LOG.warning("%s", self.predictor.reason)
+
+
+def open_audit(certificate: Certificate, state: Path | None, *, shadow_share: float, salt: str = "") -> Audit:
+    """The audit of a certificate: that of its file if it is there, else a new one.
+
+    Args:
+        certificate: whose promise is watched.
+        state: file of the audit; None for none.
+        shadow_share, salt: of a new one, see `AuditConfig`.
+
+    Raises:
+        ConfigError: the certificate promises how good answers are, which a difference does not tell.
+        CertificateError: the state is damaged, or of another certificate.
+    """
+    targets = [parse_target(proof.target) for proof in certificate.proofs]
+    if any(target.kind in ("bounded", "drop") for target in targets):
+        raise ConfigError(
+            f"an audit watches answers that differ, and this certificate promises {targets[0].name}, how good they "
+            "are: two summaries of a document may differ and be as good. Leave the audit out."
+        )
+    seal = str(certificate.to_dict()[SEAL])
+    if state is not None and state.exists():
+        return Audit.load(state, certificate=seal)
+    return Audit(AuditConfig(alpha=watched(certificate), certificate=seal, shadow_share=shadow_share, salt=salt))
+
+
+def alarm_of(audit: Audit) -> str:
+    """What an audit that has alarmed says."""
+    return (
+        f"the audit found {audit.mean:.1%} of {audit.samples:,} answers changed where {audit.config.alpha:.1%} is "
+        "allowed, so every input takes the full path"
+    )
 
 
 def watched(certificate: Certificate) -> float:

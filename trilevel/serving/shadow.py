@@ -5,15 +5,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import secrets
-from dataclasses import replace
 from pathlib import Path
 from typing import final
 
-from trilevel.artifact.audited import watched
-from trilevel.errors import ConfigError
-from trilevel.routing.audit import Audit, AuditConfig
-from trilevel.routing.certificate import SEAL, Certificate
-from trilevel.routing.targets import parse_target
+from trilevel.artifact.audited import alarm_of, open_audit
+from trilevel.routing.certificate import Certificate
 
 _MOST_AT_ONCE = 64
 
@@ -33,15 +29,8 @@ class Shadow:
     """
 
     def __init__(self, certificate: Certificate, state: Path | None, share: float) -> None:
-        if any(parse_target(proof.target).kind in ("bounded", "drop") for proof in certificate.proofs):
-            raise ConfigError("an audit watches answers that differ, and this certificate promises how good they are.")
-        seal = str(certificate.to_dict()[SEAL])
-        if state is not None and state.exists():
-            self.audit = Audit.load(state, certificate=seal)
-        else:
-            config = AuditConfig(alpha=watched(certificate), certificate=seal, shadow_share=share)
-            # clients choose the ids of their requests, and must not choose which are compared
-            self.audit = Audit(replace(config, salt=secrets.token_hex(16)))
+        # clients choose the ids of their requests, and must not choose which are compared
+        self.audit = open_audit(certificate, state, shadow_share=share, salt=secrets.token_hex(16))
         self._state = state
         self._num_saved = -1
         self.num_waiting = 0
@@ -54,12 +43,7 @@ class Shadow:
     @property
     def alarm(self) -> str:
         """What the audit found, if that is an alarm; else empty."""
-        if not self.audit.is_alarmed:
-            return ""
-        return (
-            f"the audit found {self.audit.mean:.1%} of {self.audit.samples:,} answers changed where "
-            f"{self.audit.config.alpha:.1%} is allowed, so every input takes the full path"
-        )
+        return alarm_of(self.audit) if self.audit.is_alarmed else ""
 
     async def save(self) -> None:
         """Write the state, if it is kept and has changed."""
