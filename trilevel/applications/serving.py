@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -88,17 +89,14 @@ class _Route:
         info = self._model(upload)
         arrays, words = self._handler(info)(upload)
         asked = _fields(upload)
-        max_loss = asked.get("max_loss")
-        if max_loss is not None and (isinstance(max_loss, bool) or not isinstance(max_loss, (int, float))):
-            raise InputError(f"max_loss is a {type(max_loss).__name__}; a number is needed, as in 0.01.")
         request = Request(
             id=upload.id,
             model=info.name,
             version=info.version,
             inputs=arrays,
             deadline=upload.deadline,
-            max_loss=max_loss,
-            is_explained=asked.get("explain") is True,
+            max_loss=_max_loss(asked),
+            is_explained=_is_explained(asked),
         )
         return Prepared(request=request, answer=lambda reply: _told(reply, words(reply.outputs)))
 
@@ -229,7 +227,7 @@ class _Documents:
         self._most = int(artifact.manifest.settings["max_tokens"])
 
     def __call__(self, upload: Upload) -> tuple[Arrays, Answer]:
-        """See `_Handler`; `sentences` or `words` say how long a summary may be."""
+        """See `_Handler`; `sentences` or `words` say how long a summary may be, `explain` adds all that was read."""
         fields = _fields(upload)
         title, text = self._read(upload, fields)
         if not text.strip():
@@ -241,6 +239,10 @@ class _Documents:
         def words(outputs: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
             scores = outputs["scores"][0][: encoded.num_units]
             chosen = choose_units(units, scores, encoded, selection)
+            read = [
+                {"text": unit.text, "kind": unit.kind.name.lower(), "score": score}
+                for unit, score in zip(units, scores.tolist(), strict=False)
+            ]
             return {
                 "sentences": [units[place].text for place in chosen],
                 "places": chosen,
@@ -248,6 +250,7 @@ class _Documents:
                 "units": len(units),
                 "tokens": encoded.num_tokens,
                 "units_left_out": encoded.units_left_out,
+                **({"document": read} if _is_explained(fields) else {}),
             }
 
         return graph_inputs([encoded]), words
@@ -298,3 +301,18 @@ def _count(fields: Mapping[str, Any], name: str) -> int | None:
     if isinstance(given, bool) or not isinstance(given, int):
         raise InputError(f"{name}={given!r} is no whole number.")
     return given
+
+
+def _max_loss(fields: Mapping[str, Any]) -> float | None:
+    given = fields.get("max_loss")
+    # addresses have texts alone
+    if isinstance(given, str):
+        with contextlib.suppress(ValueError):
+            given = float(given)
+    if given is not None and (isinstance(given, bool) or not isinstance(given, (int, float))):
+        raise InputError(f"max_loss is a {type(given).__name__}; a number is needed, as in 0.01.")
+    return given
+
+
+def _is_explained(fields: Mapping[str, Any]) -> bool:
+    return fields.get("explain") in (True, "true")

@@ -47,7 +47,7 @@ def serve(
     """Serve artifacts: Open Inference Protocol over REST and gRPC, texts and files at /v1/predict, /v1/summarize.
 
     Rows are batched by the path that they take. SIGTERM and Ctrl-C answer what was accepted, then end; a second one
-    ends at once. /metrics is for Prometheus, /openapi.json describes the interface.
+    ends at once. / is a console for browsers, /metrics for Prometheus, /openapi.json describes the interface.
     """
     from trilevel.errors import ConfigError
     from trilevel.serving.batching import BatchingConfig
@@ -92,6 +92,7 @@ async def _serve(
     timeout_s: float,
 ) -> None:
     from trilevel.applications.serving import task_routes
+    from trilevel.serving.console.pages import console
     from trilevel.serving.engine import LocalEngine
     from trilevel.serving.front import Front
     from trilevel.serving.metrics import Metrics
@@ -101,7 +102,7 @@ async def _serve(
     async with LocalEngine(sources, config, metrics) as engine:
         front = Front(engine, keys=keys, metrics=metrics, timeout_s=timeout_s)
         routes = task_routes(engine, {source.name: source.folder for source in sources})
-        server = Server(front, server_config, tasks=routes)
+        server = Server(front, server_config, tasks=routes, pages=console())
         scheme = "http" if server_config.tls is None else "https"
         names = ", ".join(f"{info.name} ({info.task}, {info.version[:12]})" for info in engine.models())
         typer.echo(f"serving {names}", err=True)

@@ -40,6 +40,18 @@ from trilevel.serving.tasks import TaskRoute, Upload
 Handler = Callable[[Exchange], Awaitable[Response]]
 _HTML = (b"content-type", b"text/html; charset=utf-8")
 _SAFE = (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'")
+_PAGE_POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+    b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
+_PAGE: tuple[Header, ...] = (
+    (b"content-security-policy", _PAGE_POLICY),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    # a server of another version must not meet the scripts of this one
+    (b"cache-control", b"no-cache"),
+)
+"""Pages run their own scripts alone, load nothing of other hosts, and stand in no frame."""
 _WAITING_TASKS = 256
 _OF_MODEL: dict[str, tuple[str, str, Callable[..., Awaitable[Response]]]] = {
     "": ("model", "GET", rest_routes.model_metadata),
@@ -92,7 +104,7 @@ class RestApp:
             f"/v1/{name}": Route(name, "POST", self._task_handler(task)) for name, task in self._tasks.items()
         }
         for path, (kind, content) in (pages or {}).items():
-            self._fixed[path] = _page("page", Response(200, content, ((b"content-type", kind.encode()),)))
+            self._fixed[path] = _page("page", Response(200, content, ((b"content-type", kind.encode()), *_PAGE)))
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one request."""
