@@ -79,8 +79,11 @@ def test_classes_of_texts(task_artifact: Made) -> None:
     request = route.prepare(upload({"inputs": texts[:1], "max_loss": 0.02, "explain": True})).request
     assert (request.id, request.max_loss, request.is_explained) == ("7", 0.02, True)
     # one text as it is, a model by the address
-    alone = answered(route, upload(texts[0].encode(), "text/plain", model="m0"), artifact)
-    assert alone["predictions"][0]["label"] == wanted[0].label
+    alone = upload(texts[0].encode(), "text/plain", model="m0", max_loss="0.02", explain="true")
+    assert answered(route, alone, artifact)["predictions"][0]["label"] == wanted[0].label
+    assert (route.prepare(alone).request.max_loss, route.prepare(alone).request.is_explained) == (0.02, True)
+    with pytest.raises(InputError, match="max_loss is a str; a number is needed"):
+        route.prepare(upload(texts[0].encode(), "text/plain", max_loss="much"))
 
 
 def test_vectors_of_texts(task_artifact: Made) -> None:
@@ -132,10 +135,21 @@ def test_summaries(sent: bytes, content_type: str) -> None:
     )
     assert len(found["sentences"]) == 2
     assert all(sentence.startswith(("Local", "Regional", "This")) for sentence in found["sentences"])
+    assert "document" not in found
     if content_type == JSON:
         (wanted,) = trilevel.load(INT8, runtime="onnxruntime", threads=1).task.predict([TEXT], num_sentences=2)
         assert found["sentences"] == wanted.sentences
         assert found["places"] == wanted.indices
+
+
+def test_explained_summaries_hold_what_was_read() -> None:
+    artifact = read_artifact(INT8)
+    (route,) = Known(artifact).routes().values()
+    found = answered(route, upload({"text": TEXT, "sentences": 2, "explain": True}), artifact)
+    read = found["document"]
+    assert [one["kind"] for one in read] == ["heading", "sentence", "sentence", "sentence"]
+    assert [read[place]["text"] for place in found["places"]] == found["sentences"]
+    assert [read[place]["score"] for place in found["places"]] == found["scores"]
 
 
 # error messages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -29,10 +30,13 @@ from trilevel.serving.server import Server
 from trilevel.serving.tasks import Prepared, Upload
 
 if TYPE_CHECKING:
-    from playwright.async_api import Page
+    from playwright.async_api import FilePayload, Page
 
 ROOT = Path(__file__).parents[2]
 PAGES = console()
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGNgYGBgAAAABQABh6FO1AAAAABJRU5ErkJggg=="
+)
 MARKUP = "<img src=x onerror=alert(1)>"
 SAID = ("int8/2: margin 2.28 of 2.63, harm expected 0.0518; 0.35 more would have ended here", "path float32/6: 24.9 ms")
 
@@ -45,23 +49,25 @@ class Mail:
 
     def __init__(self) -> None:
         self.uploads: list[Upload] = []
+        self.told: Mapping[str, Any] = {
+            "predictions": [{"label": MARKUP, "probabilities": {"plain": 0.125, MARKUP: 0.875}}]
+        }
 
     def prepare(self, upload: Upload) -> Prepared:
         self.uploads.append(upload)
         inputs = {"x": np.ones((2, WIDTH), np.float32)}
-        request = Request(id=upload.id, model="mail", inputs=inputs, deadline=upload.deadline)
-        return Prepared(request=request, answer=_told)
+        request = Request(id=upload.id, model=upload.parameters["model"], inputs=inputs, deadline=upload.deadline)
+        return Prepared(request=request, answer=self._answer)
 
-
-def _told(reply: Reply) -> Mapping[str, Any]:
-    return {
-        "model": reply.model,
-        "version": reply.version,
-        "predictions": [{"label": MARKUP, "probabilities": {"plain": 0.125, MARKUP: 0.875}}],
-        "paths": reply.paths[1:],
-        "seconds": reply.seconds,
-        "explanations": [{"path": reply.paths[1], "asked": [{"path": "int8/2"}], "said": SAID}],
-    }
+    def _answer(self, reply: Reply) -> Mapping[str, Any]:
+        return {
+            "model": reply.model,
+            "version": reply.version,
+            **self.told,
+            "paths": reply.paths[-1:],
+            "seconds": reply.seconds,
+            "explanations": [{"path": reply.paths[-1], "asked": [{"path": "int8/2"}], "said": SAID}],
+        }
 
 
 @asynccontextmanager
@@ -290,8 +296,8 @@ async def test_nothing_to_ask_wrong_files_and_cancelling() -> None:
         send = page.get_by_role("button", name="Classify")
         await send.click()
         await page.get_by_role("alert").get_by_text("There is nothing to ask yet").wait_for()
-        file = {"name": "a.PDF", "mimeType": "application/pdf", "buffer": b"%PDF-1.7"}
-        await page.locator("#file").set_input_files(file)  # type: ignore[arg-type]
+        file: FilePayload = {"name": "a.PDF", "mimeType": "application/pdf", "buffer": b"%PDF-1.7"}
+        await page.locator("#file").set_input_files(file)
         await send.click()
         await page.get_by_role("alert").get_by_text("Content-Type 'application/pdf' is not read here").wait_for()
         await page.get_by_role("button", name="Remove").click()
@@ -303,6 +309,42 @@ async def test_nothing_to_ask_wrong_files_and_cancelling() -> None:
         await page.get_by_text("Cancelled.").wait_for()
         await until(lambda: engine.cancelled)
         assert await send.is_enabled()
+
+
+@pytest.mark.browser
+@looped
+async def test_other_models() -> None:
+    engine, mail = FakeEngine(), Mail()
+    mail.told = {"vectors": [[3.0, 4.0]]}
+    async with consoled(engine, mail=mail) as server:
+        for info in (
+            model("late", task="", state="LOADING", reason="it reads its weights"),
+            model("fraud", task="transactions"),
+            model("shirts", task="images"),
+            model("vectors"),
+        ):
+            engine.known[info.name, "1"] = info
+        async with opened(f"http://127.0.0.1:{server.rest_port}") as page:
+            about, choice = page.locator("#about"), page.get_by_label("Model")
+            await choice.select_option("late")
+            assert await about.inner_text() == "It does not answer: it reads its weights."
+            await choice.select_option("fraud")
+            assert "no form for models of the task transactions" in await about.inner_text()
+            assert await page.get_by_role("button", name="Ask").is_disabled()
+            await choice.select_option("shirts")
+            assert not await page.get_by_label("Text").is_visible()
+            await page.get_by_role("button", name="Classify").click()
+            await page.get_by_role("alert").get_by_text("Choose or drop an image first.").wait_for()
+            file: FilePayload = {"name": "a.png", "mimeType": "image/png", "buffer": PNG}
+            await page.locator("#file").set_input_files(file)
+            # the picture is shown, and shown by itself
+            assert await page.locator("#preview").evaluate("one => one.decode().then(() => one.naturalWidth)") == 1
+            await page.get_by_role("button", name="Remove").click()
+            await choice.select_option("vectors")
+            await page.get_by_label("Text").fill("a text")
+            await page.get_by_role("button", name="Make a vector").click()
+            await page.get_by_role("region", name="Answer").get_by_text("2 numbers").wait_for()
+            assert "Length 5.000; 3.0000, 4.0000" in await page.get_by_role("region", name="Answer").inner_text()
 
 
 @pytest.mark.browser

@@ -3,7 +3,7 @@
 import { told } from "./answer.js";
 import { byId, duration, make, show } from "./dom.js";
 import { EVERY_MS, lacking, read, restart } from "./live.js";
-import { Refusal, call, key, models } from "./server.js";
+import { Refusal, ask, key, models } from "./server.js";
 
 const TYPES = {
   txt: "text/plain", text: "text/plain", md: "text/markdown", markdown: "text/markdown", htm: "text/html",
@@ -62,7 +62,6 @@ async function start() {
   byId("model").replaceChildren(...known.map(({ name }) => make("option", { value: name }, name)));
   if (known.some(({ name }) => name === before)) byId("model").value = before;
   choose();
-  await tick();
 }
 
 /** Fit the form to the model that is chosen. */
@@ -113,7 +112,7 @@ function asked() {
   return [`${kind().route}?${options}`, { method: "POST", body: file ?? byId("text").value, type }];
 }
 
-async function ask(event) {
+async function send(event) {
   event.preventDefault();
   if (running || !kind()) return;
   if (!file && !byId("text").value.trim()) {
@@ -126,7 +125,7 @@ async function ask(event) {
   const started = performance.now();
   try {
     const [path, options] = asked();
-    const answer = await (await call(path, { ...options, signal: running.signal })).json();
+    const answer = await ask(path, { ...options, signal: running.signal });
     const ms = performance.now() - started;
     // it was exchanged since the page asked for it
     if (answer.version !== chosenModel().version) await start();
@@ -183,8 +182,17 @@ async function tick() {
     say(missing ? "lacking" : "ready", missing ? `Not ready: ${missing}` : "Ready");
     if (wasLost) await start();
   } catch (error) {
+    if (!(error instanceof Refusal)) throw error;
     if (error.status === 401) refusedBy(error);
     else say("lost", error.status ? error.message : "The server does not answer; asking again…");
+  }
+}
+
+async function watch() {
+  try {
+    await tick();
+  } finally {
+    setTimeout(watch, EVERY_MS);
   }
 }
 
@@ -203,7 +211,7 @@ function drops(element) {
   });
 }
 
-byId("ask").addEventListener("submit", ask);
+byId("ask").addEventListener("submit", send);
 byId("ask").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId("ask").requestSubmit();
 });
@@ -229,4 +237,4 @@ drops(byId("drop"));
 document.addEventListener("visibilitychange", () => { if (!document.hidden) { restart(); tick(); } });
 
 await start();
-setInterval(tick, EVERY_MS);
+await watch();

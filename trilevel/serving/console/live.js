@@ -5,6 +5,7 @@ import { byId, duration, make, percent } from "./dom.js";
 import { buckets, minus, parse, quantile, sums, total } from "./prometheus.js";
 import { call } from "./server.js";
 
+/** Between two readings. */
 export const EVERY_MS = 2000;
 const SLOTS = 61;
 const MINUTE = 30;
@@ -17,7 +18,7 @@ export function restart() { readings = []; }
 
 /** Read once, and draw for a model; throws as `call` does. */
 export async function read(model) {
-  const page = parse(await (await call("/metrics")).text());
+  const page = parse(await call("/metrics"));
   const last = readings.at(-1);
   // counters never fall, unless the server is another one
   if (last && answered(page) < answered(last.page)) restart();

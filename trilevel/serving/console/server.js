@@ -32,30 +32,43 @@ export const key = {
   forget: () => sessionStorage.removeItem(KEY),
 };
 
-/** A reply that is not a refusal; throws Refusal, or AbortError where `signal` ended the call. */
+/** The text of an answer; throws Refusal, or AbortError where `signal` ended the call. */
 export async function call(path, { method = "GET", body = null, type = "application/json", signal = null } = {}) {
   const headers = body === null ? {} : { "Content-Type": type };
   if (key.get()) headers.Authorization = `Bearer ${key.get()}`;
   let reply;
+  let text;
   try {
     reply = await fetch(path, { method, body, headers, signal, cache: "no-store" });
+    text = await reply.text();
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refusal(0, LOST);
   }
-  if (reply.ok) return reply;
-  const said = await reply.json().catch(() => ({}));
+  if (reply.ok) return text;
   const again = reply.headers.get("Retry-After");
-  const message = said.error ?? "It gave no reason.";
-  throw new Refusal(reply.status, again ? `${message} Ask again in ${again} s.` : message, reply.headers.get("X-Request-Id"));
+  const message = again ? `${reason(text)} Ask again in ${again} s.` : reason(text);
+  throw new Refusal(reply.status, message, reply.headers.get("X-Request-Id"));
+}
+
+/** An answer that is JSON; throws as `call` does. */
+export const ask = async (path, options) => JSON.parse(await call(path, options));
+
+function reason(text) {
+  try {
+    return JSON.parse(text).error;
+  } catch {
+    // a proxy on the way has words of its own
+    return "It gave no reason that this page can read.";
+  }
 }
 
 /** All models, each with its task and paths where it answers. */
 export async function models() {
-  const index = await (await call("/v2/repository/index", { method: "POST", body: "{}" })).json();
+  const index = await ask("/v2/repository/index", { method: "POST", body: "{}" });
   return Promise.all(index.map(async (one) => {
     if (one.state !== "READY") return { ...one, task: "", paths: [] };
-    const said = await (await call(`/v2/models/${encodeURIComponent(one.name)}`)).json();
+    const said = await ask(`/v2/models/${encodeURIComponent(one.name)}`);
     return { ...one, task: said.parameters.task, paths: said.parameters.paths.split(",") };
   }));
 }
