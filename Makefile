@@ -54,10 +54,10 @@ demo: $(VENV)/.demo $(VENV)/.native  ## summarise a 10,000-word document, dense 
 	@$(BIN)/trilevel demo $(if $(DOC),--doc "$(DOC)")
 
 test: lint types $(VENV)/.native  ## lint, types and the default tests
-	@$(BIN)/pytest -n auto
+	@$(BIN)/pytest -n auto --dist loadfile
 
 test-all: lint types $(VENV)/.native  ## everything, the slow, gpu, arm, browser and ray tests included
-	@$(BIN)/pytest -n auto -m ""
+	@$(BIN)/pytest -n auto --dist loadfile -m ""
 
 lint: $(VENV)/.all  ## ruff: rules and format
 	@$(BIN)/ruff check .

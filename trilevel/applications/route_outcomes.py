@@ -119,12 +119,16 @@ def collect(
 def _judged(
     samples: Samples, outputs: Sequence[Sequence[npt.NDArray[Any]]]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64] | None]:
-    """Classes, or columns of the first path with the same answer, and grades, both (samples, paths)."""
+    """Classes, or columns of the first path with the same answer, and grades, both (samples, paths).
+
+    Without a grade for each sample there are none: a promise about grades is then refused.
+    """
     if samples.judge is None:
         return np.array([np.stack(said).argmax(-1) for said in outputs]), None
     pairs = [samples.judge(row, np.stack(said)) for row, said in zip(samples.rows, outputs, strict=True)]
     columns = [[list(answers).index(one) for one in answers] for answers, _ in pairs]
-    return np.array(columns, np.int64), np.array([grades for _, grades in pairs], np.float64)
+    grades = [grades for _, grades in pairs]
+    return np.array(columns, np.int64), np.array(grades, np.float64) if all(grades) else None
 
 
 def time_paths(

@@ -63,6 +63,7 @@ class PathsCase:
         budget_s: of each task's timing at each batch size.
         work: folder where answers are kept between runs; None for the artifact's folder with `.bench` behind its name.
         long_documents: joined to 8,192 tokens, for the chain of a summariser; 0 leaves out that and the 10,000 words.
+        has_bars: whether speed is judged; else only that answers are right.
     """
 
     tasks: Sequence[tuple[Path, Path]]
@@ -74,6 +75,7 @@ class PathsCase:
     budget_s: float = 60.0
     work: Path | None = None
     long_documents: int = 6
+    has_bars: bool = True
 
 
 def run(case: PathsCase, progress: Progress) -> Report:
@@ -101,7 +103,7 @@ def run(case: PathsCase, progress: Progress) -> Report:
     return Report(
         case="paths",
         rows=[row for task in found for row in task["rows"]],
-        bars=[*_bars(found), *(chain_bars(chain, summary) if case.long_documents else [])],
+        bars=[*_bars(found), *(chain_bars(chain, summary) if case.long_documents else [])] if case.has_bars else [],
         settings={
             "runtime": case.runtime,
             "threads": torch.get_num_threads(),

@@ -36,12 +36,14 @@ from trilevel.routing.targets import Target
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PLAN = CompressionPlan(
     stages=(
-        Stage(name="exits", config=ExitsConfig(after=(1, 2), focus=0.3), recovery=Recovery(steps=6)),
+        Stage(name="exits", config=ExitsConfig(after=(1,), focus=0.3), recovery=Recovery(steps=6)),
         Stage(name="quantize", config=QuantizeConfig()),
     )
 )
 MACHINE = Machine(runtime="onnxruntime", threads=1)
-FULL, FIRST, LAST = "float32/1", "int8/1/focus=0.3", "int8/3/focus=0.3"
+# of few kinds: it is exported three times, and each kind of heads costs the exporter seconds in each block
+CLASSES = np.array([[3, 0, 0], [2, 0, 1], [3, 0, 0]])
+FULL, FIRST, LAST = "float32/1", "int8/1/focus=0.3", "int8/2/focus=0.3"
 
 
 def documents(path: Path, counts: dict[str, int], *, seed: int = 0, has_abstracts: bool = True) -> Path:
@@ -61,7 +63,7 @@ def documents(path: Path, counts: dict[str, int], *, seed: int = 0, has_abstract
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("route")
     documents(made / "docs" / "tech.jsonl", {"train": 12, "valid": 90, "test": 20})
-    encoder = save_small_converted(made / "converted", save_pretrained(made / "pretrained", TEXT))
+    encoder = save_small_converted(made / "converted", save_pretrained(made / "pretrained", TEXT), CLASSES)
     full = load_recipe(MINILM_RECIPE)
     assert isinstance(full.model, BackboneSize)
     recipe = dataclasses.replace(
@@ -102,15 +104,17 @@ def test_the_artifact_is_certified_and_summarises(folder: Path, routed: Routing)
     done = CliRunner().invoke(app, ["verify", str(folder / "artifact"), "--runtime", "openvino", "--json"])
     assert done.exit_code == 0, done.output
     rows = json.loads(done.output.strip().splitlines()[-1])["rows"]
-    assert [row["family"] for row in rows] == ["", "int8/focus=0.3"]
+    # the whole graph in both precisions of OpenVINO, then the segments
+    assert [row["family"] for row in rows] == ["", "", "int8/focus=0.3"]
 
 
 def test_paths_are_those_of_the_setting(folder: Path, routed: Routing) -> None:
     tokenizer = DocumentTokenizer(read_tokenizer(routed.artifact))
     inputs = graph_inputs([encode(split_units_of("\n".join([TEXT] * 12)), tokenizer)])
-    never, found = 1e9, {}
+    # out of reach, but not what says that nobody may leave: no such family is begun
+    never, found = 1e8, {}
     for path in (FIRST, LAST, FULL):
-        setting = {"int8/focus=0.3/start": 1.0, FIRST: never, "int8/2/focus=0.3": never, LAST: never}
+        setting = {"int8/focus=0.3/start": 1.0, FIRST: never, LAST: never}
         setting |= {path: 0.0} if path != FULL else {}
         (found[path],) = RoutedPredictor(routed.artifact, "onnxruntime", threads=1, setting=setting).route(inputs)
     assert [one.path for one in found.values()] == [FIRST, LAST, FULL]

@@ -33,14 +33,14 @@ def save_pretrained(folder: Path, text: str) -> Path:
     return folder
 
 
-def save_small_converted(folder: Path, pretrained: Path) -> Path:
-    """With local, regional, global and dense heads, and pooling and biases that moved."""
+def save_small_converted(folder: Path, pretrained: Path, classes: Classes = CLASSES) -> Path:
+    """With pooling and biases that moved; by default with local, regional, global and dense heads."""
     source = load_source(pretrained)
     levels = Levels(window=5, region_size=3, num_global_tokens=2)
-    encoder = with_classes(source.encoder, CLASSES, levels, [torch.randn(DIM) for _ in range(LAYERS)])
+    encoder = with_classes(source.encoder, classes, levels, [torch.randn(DIM) for _ in range(LAYERS)])
     with torch.no_grad():
         for name, weight in encoder.named_parameters():
             if name.endswith(("bias", "pool_weight")):
                 weight.add_(0.1 * torch.randn_like(weight))
-    layers = [{"heads": [{"class": NAMES[place]} for place in block]} for block in CLASSES]
+    layers = [{"heads": [{"class": NAMES[place]} for place in block]} for block in classes]
     return save_converted(folder, source, encoder, {"layers": layers})
