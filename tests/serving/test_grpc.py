@@ -16,7 +16,7 @@ import pytest
 from tests.serving.fake_engine import FakeEngine, looped, served, until
 from trilevel.errors import ArtifactError, ConfigError, InputError
 from trilevel.serving.front import Front
-from trilevel.serving.grpc_server import SERVICE
+from trilevel.serving.grpc_methods import SERVICE
 from trilevel.serving.keys import Keys, new_key
 from trilevel.serving.limits import Limits
 from trilevel.serving.protocol import open_inference_pb2 as messages

@@ -26,7 +26,7 @@ from trilevel.client import AsyncClient
 from trilevel.errors import ConfigError
 from trilevel.serving.connection import open_files
 from trilevel.serving.front import Front
-from trilevel.serving.grpc_server import SERVICE
+from trilevel.serving.grpc_methods import SERVICE
 from trilevel.serving.protocol import open_inference_pb2 as messages
 from trilevel.serving.server import Server, ServerConfig
 from trilevel.serving.tls import Tls
