@@ -98,6 +98,7 @@ def test_errors(address: str, keys: tuple[Path, str]) -> None:
         (["documents", "a/documents"], "documents twice; name each one differently"),
         (["documents", "--tls-cert", "c.pem"], "--tls-cert and --tls-key go together"),
         (["documents", "--keys", "none.txt"], "the API keys none.txt cannot be read"),
+        (["documents", "--engine", "ray", "--audit", "kept"], "--trace-to are not for --engine ray"),
         (["-x=documents"], "No such option"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,8 +16,16 @@ if TYPE_CHECKING:
     from trilevel.serving.engine import EngineConfig
     from trilevel.serving.keys import Keys
     from trilevel.serving.server import ServerConfig
+    from trilevel.serving.tracing import OpenTelemetry
 
 _SHIPPED = "documents"
+
+
+class EngineName(enum.StrEnum):
+    """Where rows run."""
+
+    local = "local"
+    ray = "ray"
 
 
 def serve(
@@ -42,6 +52,13 @@ def serve(
     tls_client_ca: Annotated[Path | None, typer.Option(help="That signs clients' certificates (mTLS).")] = None,
     audit: Annotated[Path | None, typer.Option(help="Folder of the audits, so that an alarm is remembered.")] = None,
     shadow_share: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of rows that the audit compares.")] = 0.02,
+    engine: Annotated[
+        EngineName, typer.Option(help="`ray`: the nodes of the cluster at RAY_ADDRESS, or one of this machine alone.")
+    ] = EngineName.local,
+    max_replicas: Annotated[int, typer.Option(min=1, help="Of a model, with --engine ray.")] = 4,
+    trace_to: Annotated[
+        str | None, typer.Option(help="Collector of traces, such as http://localhost:4318/v1/traces (OTLP).")
+    ] = None,
     quiet: Annotated[bool, typer.Option(help="Log failures alone, not every request.")] = False,
 ) -> None:
     """Serve artifacts: Open Inference Protocol over REST and gRPC, texts and files at /v1/predict, /v1/summarize.
@@ -63,8 +80,11 @@ def serve(
     tls = None if tls_cert is None or tls_key is None else Tls(
         certificate=tls_cert, key=tls_key, client_ca=tls_client_ca
     )  # fmt: skip
+    if engine == EngineName.ray and (tls or audit or trace_to):
+        raise ConfigError("--tls-..., --audit and --trace-to are not for --engine ray; docs/serving.md says what is.")
     found = _sources(artifacts)
-    count, each = shares(instances, threads)
+    # on a cluster a replica takes no more than it is told to, and Ray finds the cores
+    count, each = (instances or 1, threads or 1) if engine == EngineName.ray else shares(instances, threads)
     config = EngineConfig(
         runtime=None if runtime is None else runtime.value,
         pool=PoolConfig(instances=count, threads=each),
@@ -81,7 +101,11 @@ def serve(
     import logging
 
     log_to(level=logging.WARNING if quiet else logging.INFO)
-    run(_serve(found, config, server, Keys() if keys is None else Keys.load(keys), timeout_s))
+    if engine == EngineName.ray:
+        _serve_on_ray(found, config, server, keys, timeout_s, max_replicas)
+        return
+    with contextlib.closing(_tracer(trace_to)) if trace_to else contextlib.nullcontext() as tracer:
+        run(_serve(found, config, server, Keys() if keys is None else Keys.load(keys), timeout_s, tracer))
 
 
 async def _serve(
@@ -90,6 +114,7 @@ async def _serve(
     server_config: ServerConfig,
     keys: Keys,
     timeout_s: float,
+    tracer: OpenTelemetry | None,
 ) -> None:
     from trilevel.applications.serving import task_routes
     from trilevel.serving.console.pages import console
@@ -100,7 +125,7 @@ async def _serve(
 
     metrics = Metrics()
     async with LocalEngine(sources, config, metrics) as engine:
-        front = Front(engine, keys=keys, metrics=metrics, timeout_s=timeout_s)
+        front = Front(engine, keys=keys, metrics=metrics, timeout_s=timeout_s, tracer=tracer)
         routes = task_routes(engine, {source.name: source.folder for source in sources})
         server = Server(front, server_config, tasks=routes, pages=console())
         scheme = "http" if server_config.tls is None else "https"
@@ -108,6 +133,33 @@ async def _serve(
         typer.echo(f"serving {names}", err=True)
         typer.echo(f"{scheme}://{server_config.host}:{server_config.rest_port}", err=True)
         await server.serve()
+
+
+def _tracer(url: str) -> OpenTelemetry:
+    from trilevel.errors import require
+
+    require("opentelemetry.exporter.otlp.proto.http.trace_exporter", extra="tracing")
+    from trilevel.serving.tracing import to_collector
+
+    found: OpenTelemetry = to_collector(url)
+    return found
+
+
+def _serve_on_ray(
+    sources: tuple[Source, ...],
+    config: EngineConfig,
+    server: ServerConfig,
+    keys: Path | None,
+    timeout_s: float,
+    max_replicas: int,
+) -> None:
+    from trilevel.errors import require
+
+    require("ray.serve", extra="ray")
+    from trilevel.serving import ray
+
+    own = ray.RayConfig(engine=config, max_replicas=max_replicas, keys=keys, timeout_s=timeout_s)
+    ray.run(sources, own, host=server.host, rest_port=server.rest_port, grpc_port=server.grpc_port)
 
 
 def serve_key(

@@ -23,7 +23,7 @@ from trilevel.serving.observer import Observer
 from trilevel.serving.plan import Key, Plan
 from trilevel.serving.pool import Pool
 from trilevel.serving.process import Done, Gone, Job
-from trilevel.serving.requests import Arrays, DeadlineError, UnavailableError, WorkerError
+from trilevel.serving.requests import Arrays, DeadlineError, Step, UnavailableError, WorkerError
 from trilevel.serving.rows import Row, Ticket
 
 _LOG = logging.getLogger(__name__)
@@ -181,11 +181,14 @@ class Dispatcher:
         outputs: Arrays = {}
         verdict = None
         assert result.seconds, "a job runs one segment at least"
+        # the way to the worker and back counts as waiting
+        begun = time.monotonic() - sum(result.seconds)
         for number, (outputs, seconds) in enumerate(zip(result.outputs, result.seconds, strict=True)):
             step = key._replace(segment=key.segment + number)
             # what it takes from here, the way there and back included
             self._batcher.ran(Batch(step, rows), elapsed_s * seconds / max(1e-9, sum(result.seconds)))
-            self._observer.batch(self.name, step.route.path(step.segment, self.plan.full_name), len(rows))
+            path = step.route.path(step.segment, self.plan.full_name)
+            self._observer.batch(self.name, path, len(rows))
             verdict = None
             if step.route.asked:
                 (head,) = outputs.values()
@@ -193,8 +196,11 @@ class Dispatcher:
             for place, row in enumerate(rows):
                 row.compute_s += seconds
                 row.segment = step.segment
+                if row.steps is not None:
+                    row.steps.append(Step(path, begun, seconds, len(rows)))
                 if verdict is not None:
                     row.margins.append(float(verdict[1][place]))
+            begun += seconds
         now = time.monotonic()
         for place, row in enumerate(rows):
             row.is_alone = False

@@ -195,7 +195,7 @@ class LocalEngine:
         artifact, config = snapshot.artifact, self.config
         pool: Pool | None = None
         try:
-            runtime = await asyncio.to_thread(_runtime, artifact, config.runtime)
+            runtime = await asyncio.to_thread(runtime_of, artifact, config.runtime)
             options = {"folder": str(artifact.path), "version": snapshot.version, "runtime": runtime}
             pool = Pool(config.opener, options, config.pool)
             await pool.start()
@@ -275,7 +275,7 @@ async def _retire(served: Served, snapshot: Snapshot | None, timeout_s: float) -
             await asyncio.to_thread(snapshot.remove)
 
 
-def _runtime(artifact: Artifact, asked: Runtime | None) -> Runtime:
+def runtime_of(artifact: Artifact, asked: Runtime | None) -> Runtime:
     """That which was asked for, else that which the certificate is of, else the default."""
     if asked is not None:
         return asked

@@ -6,9 +6,10 @@ import itertools
 import logging
 import secrets
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from traceback import extract_tb
-from typing import final
+from typing import Protocol, final
 
 from trilevel.serving.deadlines import Deadlines
 from trilevel.serving.keys import Keys
@@ -35,6 +36,8 @@ class Call:
         key: name of the API key.
         model: its name, once the engine knew it.
         reply: of the engine, where there was one.
+        span: of the tracer, where it wants the call.
+        asked, replied: when the engine was, and did, of a call with a span.
     """
 
     protocol: str
@@ -45,6 +48,24 @@ class Call:
     key: str = ""
     model: str = ""
     reply: Reply | None = None
+    span: object = None
+    asked: float = 0.0
+    replied: float = 0.0
+
+
+class Tracer(Protocol):
+    """Told of calls; `trilevel.serving.tracing.OpenTelemetry` is one."""
+
+    def begin(self, call: Call, headers: Mapping[str, str]) -> object:
+        """What the call keeps as its span, None for none; headers are those that trace contexts come in."""
+        ...
+
+    def end(self, call: Call, status: str, error: BaseException | None) -> None:
+        """A call that has a span was answered, or will not be."""
+        ...
+
+
+TRACE_HEADERS = ("traceparent", "tracestate")
 
 
 @final
@@ -57,6 +78,7 @@ class Front:
         keys: of those who may call; none for everyone.
         metrics: that the engine fills too.
         timeout_s: of requests that name none; None lets them wait forever.
+        tracer: None for no traces.
 
     Attributes:
         is_draining: the server ends: it says that it is not ready, and still answers.
@@ -73,12 +95,14 @@ class Front:
         keys: Keys | None = None,
         metrics: Metrics | None = None,
         timeout_s: float | None = 60.0,
+        tracer: Tracer | None = None,
     ) -> None:
         self.engine = engine
         self.limits = limits or Limits()
         self.keys = keys or Keys()
         self.metrics = metrics or Metrics()
         self.timeout_s = timeout_s
+        self.tracer = tracer
         self.is_draining = False
         self.in_flight = 0
         self.pending_bytes = 0
@@ -126,8 +150,11 @@ class Front:
         if left is not None and left <= 0:
             raise DeadlineError("the deadline had passed before the request was read.")
         try:
+            if call.span is not None:
+                request, call.asked = replace(request, is_traced=True), time.monotonic()
             with self.deadlines.within(left) as limit:
                 call.reply = await self.engine.infer(request)
+            call.replied = time.monotonic() if call.span is not None else 0.0
         except TimeoutError as error:
             if not limit.is_over:
                 raise
@@ -136,6 +163,7 @@ class Front:
 
     def finished(self, call: Call, status: str, error: BaseException | None = None) -> None:
         """Count and log a call; `status` is its protocol's."""
+        self._traced(call, status, error)
         if error is not None:
             self.metrics.refused(call.protocol, status, call.model, _SHED.get(type(error), ""))
             self._log(call, logging.ERROR if status_of(error).http == 500 else logging.WARNING, status, error)
@@ -146,8 +174,13 @@ class Front:
 
     def gone(self, call: Call, status: str) -> None:
         """Count and log a call whose client went away before its answer."""
+        self._traced(call, status, None)
         self.metrics.refused(call.protocol, status, call.model)
         self._log(call, logging.INFO, status, None)
+
+    def _traced(self, call: Call, status: str, error: BaseException | None) -> None:
+        if self.tracer is not None and call.span is not None:
+            self.tracer.end(call, status, error)
 
     def _log(self, call: Call, level: int, status: str, error: BaseException | None) -> None:
         if not LOG.isEnabledFor(level):

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple, final
 
 from trilevel import __version__
-from trilevel.serving.front import Call, Front, new_id
+from trilevel.serving.front import TRACE_HEADERS, Call, Front, new_id
 from trilevel.serving.protocol import open_inference_pb2 as messages
 from trilevel.serving.protocol.grpc_infer import decode_infer, encode_infer, parse
 from trilevel.serving.protocol.json_infer import check_id
@@ -84,6 +84,8 @@ class Methods:
             sent = dict(metadata)
             call.id = check_id(sent["x-request-id"], "x-request-id") if "x-request-id" in sent else new_id()
             if name not in OPEN:
+                if front.tracer is not None:
+                    call.span = front.tracer.begin(call, {key: sent.get(key, "") for key in TRACE_HEADERS})
                 call.key = front.keys.check(sent.get("authorization"))
             said = await self._handlers[name](parse(getattr(messages, f"{name}Request"), data), call)
         except asyncio.CancelledError:

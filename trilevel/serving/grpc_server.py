@@ -84,9 +84,10 @@ class _KeyCheck(aio.ServerInterceptor):  # type: ignore[misc]
 def _unary(methods: Methods, name: str) -> Any:
     async def run(data: bytes, context: Any) -> bytes:
         said = await methods.answer(name, data, context.invocation_metadata(), context.time_remaining())
-        if isinstance(said, Refusal):
-            await context.abort(getattr(grpc.StatusCode, said.status), said.message, said.trailer)
-        answer: bytes = said.SerializeToString()
-        return answer
+        if not isinstance(said, Refusal):
+            answer: bytes = said.SerializeToString()
+            return answer
+        await context.abort(getattr(grpc.StatusCode, said.status), said.message, said.trailer)
+        raise AssertionError("abort raises")
 
     return grpc.unary_unary_rpc_method_handler(run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy.typing as npt
 
@@ -34,6 +34,10 @@ class OverloadedError(ServingError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple[type[OverloadedError], tuple[str, float]]:
+        # between the processes of a cluster
+        return type(self), (str(self), self.retry_after_s)
+
 
 class DeadlineError(ServingError):
     """The answer would come, or came, too late."""
@@ -60,6 +64,7 @@ class Request:
         priority: larger ones first; equal ones by their deadlines.
         max_loss: the most that may be lost on average; below what the certificate promises, the full path runs.
         is_explained: whether the reply says why each row took its path.
+        is_traced: whether it says when segments ran.
     """
 
     id: str
@@ -70,6 +75,16 @@ class Request:
     priority: int = 0
     max_loss: float | None = None
     is_explained: bool = False
+    is_traced: bool = False
+
+
+class Step(NamedTuple):
+    """A segment that a row passed: the path that ends behind it, when it began by `time.monotonic`, with whom."""
+
+    path: str
+    begun: float
+    seconds: float
+    rows: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +97,7 @@ class Reply:
         paths: the path of each row.
         seconds: that the request spent in each stage: `queue`, `compute`, `total`.
         explanations: of each row, where asked for.
+        steps: of the row that was answered last, where asked for.
     """
 
     model: str
@@ -90,6 +106,7 @@ class Reply:
     paths: tuple[str, ...]
     seconds: Mapping[str, float] = field(default_factory=dict)
     explanations: tuple[Mapping[str, Any], ...] = ()
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

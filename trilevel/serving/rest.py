@@ -11,7 +11,7 @@ from typing import NamedTuple, final
 from urllib.parse import parse_qsl
 
 from trilevel.serving import metrics, rest_routes
-from trilevel.serving.front import Call, Front, new_id
+from trilevel.serving.front import TRACE_HEADERS, Call, Front, new_id
 from trilevel.serving.openapi import document, page
 from trilevel.serving.protocol.json_infer import check_id
 from trilevel.serving.requests import OverloadedError, UnavailableError
@@ -147,6 +147,8 @@ class RestApp:
             call.id = check_id(given, "X-Request-Id")
         route = self._route(exchange.path, exchange.parts)
         call.route = route.name
+        if self.front.tracer is not None and not route.is_open:
+            call.span = self.front.tracer.begin(call, {name: exchange.text(name.encode()) for name in TRACE_HEADERS})
         if exchange.method != route.method and not (exchange.method == "HEAD" and route.method == "GET"):
             raise MethodError(f"{exchange.path[:80]} takes {route.method}; {exchange.method} was sent.", route.method)
         _check_origin(exchange)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from trilevel.serving.entry import Entry
 from trilevel.serving.plan import Key, Piece, Route
-from trilevel.serving.requests import Arrays, Reply, Request
+from trilevel.serving.requests import Arrays, Reply, Request, Step
 
 
 class Ticket(Protocol):
@@ -47,6 +47,7 @@ class Row(Entry):
         compute_s: spent in batches, beside others.
         tries: that failed.
         is_shadowed: its answer is compared with the full path's.
+        steps: that it passed, where its request is traced.
     """
 
     ticket: Ticket
@@ -60,6 +61,7 @@ class Row(Entry):
     compute_s: float = 0.0
     tries: int = 0
     is_shadowed: bool = False
+    steps: list[Step] | None = None
 
     def begins(self, route: Route) -> None:
         """Stand before the first segment of a route."""
@@ -87,6 +89,7 @@ def row_of(ticket: Ticket, place: int, piece: Piece, route: Route, arrived: floa
         arrays=piece.arrays,
         route=route,
         begun=route,
+        steps=[] if request.is_traced else None,
     )
 
 
@@ -116,6 +119,7 @@ class RequestTicket:
         self.outputs: list[Arrays] = [{}] * count
         self.paths: list[str] = [""] * count
         self.compute_s = 0.0
+        self.steps: tuple[Step, ...] = ()
         self.rows: list[Row] = []
 
     @property
@@ -127,6 +131,7 @@ class RequestTicket:
         """Keep a row's answer; the last one ends the wait."""
         self.outputs[row.place], self.paths[row.place] = outputs, path
         self.compute_s = row.compute_s
+        self.steps = tuple(row.steps or ())
         self._left -= 1
         if not self._left:
             self._future.set_result(None)
@@ -148,6 +153,7 @@ class RequestTicket:
             paths=tuple(self.paths),
             seconds={"queue": max(0.0, total - self.compute_s), "compute": self.compute_s, "total": total},
             explanations=explanations,
+            steps=self.steps,
         )
 
 

@@ -20,6 +20,7 @@ from trilevel.serving.tasks import TaskRoute
 from trilevel.serving.tls import Tls
 
 _T = TypeVar("_T")
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -89,7 +90,7 @@ class Server:
     async def start(self) -> None:
         """Listen; raises ConfigError where an address or a certificate cannot be used."""
         config = self.config
-        if config.host not in ("127.0.0.1", "::1", "localhost") and not self.front.keys:
+        if config.host not in LOOPBACK and not self.front.keys:
             say(logging.WARNING, "other machines may call without a key", host=config.host)
         if config.rest_port is not None:
             self._listener = Listener(self._app, config.tls.context() if config.tls else None)
