@@ -179,6 +179,33 @@ def retrieval(
 
 
 @app.command()
+def serving(
+    as_json: Json = False,
+    smoke: Smoke = False,
+    out: Out = None,
+    threads: Annotated[int, typer.Option(min=1, help="Workers of each server, a thread each.")] = 2,
+    task: Annotated[
+        list[str] | None, typer.Option(help="ARTIFACT=DATA, as of `bench paths`; default: the summariser that ships.")
+    ] = None,
+    part: Annotated[list[str] | None, typer.Option(help="cost, goodput or faults; default: all.")] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Install other servers in the cache, each by itself.")] = False,
+    soak_minutes: Annotated[float, typer.Option(min=0.0, help="At 70% of what can be answered.")] = 0.0,
+) -> None:
+    """The server beside LitServe, KServe and Triton, answers in time under load, and what faults lose (20 min)."""
+    import dataclasses
+
+    from trilevel.bench.serving.case import ServingCase, parse_task, run, serving_table
+
+    case = ServingCase.smoke() if smoke else ServingCase(instances=threads)
+    given: dict[str, Any] = {"installs": peers, "soak_minutes": soak_minutes}
+    given |= {"tasks": tuple(map(parse_task, task))} if task else {}
+    given |= {"parts": tuple(part)} if part else {}
+    with progress_bar() as progress:
+        report = run(dataclasses.replace(case, **given), progress)
+    _finish(report, [serving_table(report)], as_json=as_json, out=out)
+
+
+@app.command()
 def gpu(as_json: Json = False, smoke: Smoke = False, out: Out = None) -> None:
     """Our Triton kernels at 16,384 tokens beside FlexAttention and FlashAttention. Needs an NVIDIA GPU (a minute)."""
     import os

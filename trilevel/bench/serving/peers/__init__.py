@@ -1,0 +1,1 @@
+"""Scripts that peers run in environments of their own; nothing here imports them."""
