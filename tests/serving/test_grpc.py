@@ -198,8 +198,13 @@ async def test_keys() -> None:
         for metadata in ((), (("authorization", f"Bearer {key}x"),), (("authorization", key),)):
             for method, sent in (("ModelInfer", request()), ("ServerMetadata", messages.ServerMetadataRequest())):
                 assert (await refused(ask(method, sent, metadata=metadata)))[0] == "UNAUTHENTICATED"
-        got = await ask("ModelInfer", request(), metadata=(("authorization", f"Bearer {key}"),))
-        assert got.model_name == "double"
+        own = (("authorization", f"Bearer {key}"),)
+        assert (await ask("ModelInfer", request(), metadata=own)).model_name == "double"
+        for method, kind in (
+            ("RepositoryModelLoad", messages.RepositoryModelLoadRequest),
+            ("RepositoryModelUnload", messages.RepositoryModelUnloadRequest),
+        ):
+            assert (await refused(ask(method, kind(model_name="double"), metadata=own)))[0] == "PERMISSION_DENIED"
 
 
 @looped

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -310,6 +311,25 @@ async def test_keys() -> None:
         assert len(engine.requests) == 1
 
 
+@looped
+async def test_keys_of_admins(tmp_path: Path) -> None:
+    (alice, first), (bob, second) = new_key("alice"), new_key("bob", "admin")
+    # as keys were written before there were roles
+    (tmp_path / "keys").write_text(f"{first.removesuffix(' user')}\n{second}\n")
+    engine = FakeEngine()
+    async with rest(engine, keys=Keys.load(tmp_path / "keys")) as (client, _):
+        for key, status in ((alice, 403), (bob, 200)):
+            headers = {"Authorization": f"Bearer {key}"}
+            for verb in ("load", "unload"):
+                got = await client.post(f"/v2/repository/models/double/{verb}", headers=headers)
+                assert got.status_code == status
+            assert (await client.post(INFER, json=infer_body(), headers=headers)).status_code == 200
+    assert engine.loads == ["+double", "-double"]
+    (tmp_path / "keys").write_text(f"{first}\n{new_key('alice', 'admin')[1]}\n")
+    with pytest.raises(ConfigError, match="line 2: alice is admin and user"):
+        Keys.load(tmp_path / "keys")
+
+
 def test_files_of_keys(tmp_path: Any) -> None:
     key, line = new_key("alice")
     file = tmp_path / "keys"
@@ -543,6 +563,8 @@ class Lengths:
 
     summary = "Says how long a text is."
     content_types = ("text/plain", "application/json")
+    fields: Mapping[str, Mapping[str, Any]] = {"text": {"type": "string"}, "model": {"type": "string"}}
+    content = ("text",)
 
     def prepare(self, upload: Upload) -> Prepared:
         try:
@@ -581,6 +603,23 @@ async def test_task_routes() -> None:
         assert engine.requests[-1].deadline is not None
         described = (await client.get("/openapi.json")).json()
         assert described["paths"]["/v1/lengths"]["post"]["summary"] == Lengths.summary
+
+
+@looped
+async def test_the_description_says_what_task_routes_read() -> None:
+    async with rest(FakeEngine(), tasks={"lengths": Lengths()}) as (client, _):
+        said = (await client.get("/openapi.json")).json()["paths"]["/v1/lengths"]["post"]
+    assert said["requestBody"]["content"] == {
+        "text/plain": {"schema": {"type": "string"}},
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {"text": {"type": "string"}, "model": {"type": "string"}},
+                "required": ["text"],
+            }
+        },
+    }
+    assert [one["name"] for one in said["parameters"]] == ["model", "X-Request-Timeout-Ms", "X-Request-Id"]
 
 
 @looped

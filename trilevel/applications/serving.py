@@ -37,6 +37,28 @@ _READERS: dict[str, Callable[[str], readers.Content]] = {
     "text/html": readers.read_html,
 }
 MOST_INPUTS = 1_024
+_FIELDS: Mapping[str, Mapping[str, Any]] = {
+    "model": {"type": "string", "description": "Its name; needed where several answer such requests."},
+    "max_loss": {"type": "number", "minimum": 0, "description": "Below what the certificate promises: the full path."},
+    "explain": {"type": "boolean", "description": "Whether to say why each row took its path."},
+}
+_PREDICT: Mapping[str, Mapping[str, Any]] = {
+    "inputs": {
+        "type": "array",
+        "items": {"type": "string"},
+        "minItems": 1,
+        "maxItems": MOST_INPUTS,
+        "description": "Texts, or images in base64.",
+    },
+    **_FIELDS,
+}
+_SUMMARIZE: Mapping[str, Mapping[str, Any]] = {
+    "text": {"type": "string"},
+    "title": {"type": "string"},
+    "sentences": {"type": "integer", "minimum": 1, "description": "How many at most."},
+    "words": {"type": "integer", "minimum": 1, "description": "How many at most."},
+    **_FIELDS,
+}
 Arrays = dict[str, np.ndarray]
 Answer = Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]
 
@@ -60,10 +82,14 @@ def task_routes(engine: Engine, folders: Mapping[str, Path]) -> dict[str, TaskRo
     routes: dict[str, TaskRoute] = {}
     if tasks - {"documents"}:
         said = "Classes of texts or images, or vectors of texts."
-        routes["predict"] = _Route(engine, folders, tuple(_HANDLERS), said, (JSON, TEXT, *_IMAGES))
+        routes["predict"] = _Route(
+            engine, folders, tuple(_HANDLERS), said, (JSON, TEXT, *_IMAGES), _PREDICT, ("inputs",)
+        )
     if "documents" in tasks:
         said = "The most important sentences of a text or file."
-        routes["summarize"] = _Route(engine, folders, ("documents",), said, (JSON, *_READERS, "application/pdf"))
+        routes["summarize"] = _Route(
+            engine, folders, ("documents",), said, (JSON, *_READERS, "application/pdf"), _SUMMARIZE, ("text", "title")
+        )
     return routes
 
 
@@ -78,8 +104,11 @@ class _Route:
         tasks: Sequence[str],
         summary: str,
         content_types: tuple[str, ...],
+        fields: Mapping[str, Mapping[str, Any]],
+        content: tuple[str, ...],
     ) -> None:
         self.summary, self.content_types = summary, content_types
+        self.fields, self.content = fields, content
         self._engine, self._folders, self._tasks = engine, dict(folders), tuple(tasks)
         # by name: the version, and what was made of it
         self._opened: dict[str, tuple[str, _Handler]] = {}

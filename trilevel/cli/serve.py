@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 _SHIPPED = "documents"
 
 
+class RoleName(enum.StrEnum):
+    """Of whoever has a key."""
+
+    user = "user"
+    admin = "admin"
+
+
 class EngineName(enum.StrEnum):
     """Where rows run."""
 
@@ -165,12 +172,13 @@ def _serve_on_ray(
 def serve_key(
     name: Annotated[str, typer.Argument(help="Of whoever gets the key: letters, digits, dots, hyphens.")],
     file: Annotated[Path, typer.Argument(help="That `trilevel serve --keys` reads; the key's hash is added to it.")],
+    role: Annotated[RoleName, typer.Option(help="An `admin` may load and unload models too.")] = RoleName.user,
 ) -> None:
     """Make an API key: it is printed once, and its hash is kept."""
     from trilevel.compression.written import write_bytes
     from trilevel.serving.keys import new_key
 
-    key, line = new_key(name)
+    key, line = new_key(name, role.value)
     before = file.read_bytes() if file.exists() else b""
     write_bytes(file, before + (b"" if before.endswith(b"\n") or not before else b"\n") + f"{line}\n".encode())
     typer.echo(key)

@@ -135,11 +135,13 @@ class Methods:
         return said
 
     async def _load(self, message: Any, call: Call) -> Any:
+        self.front.keys.check_admin(call.key)
         name = _named(message)
         await self.front.engine.load(name)
         return messages.RepositoryModelLoadResponse(model_name=name, isLoaded=True)
 
     async def _unload(self, message: Any, call: Call) -> Any:
+        self.front.keys.check_admin(call.key)
         name = _named(message)
         await self.front.engine.unload(name)
         return messages.RepositoryModelUnloadResponse(model_name=name, isUnloaded=True)

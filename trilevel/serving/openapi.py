@@ -42,7 +42,7 @@ _TENSOR = {
 _REFUSALS = {
     "400": "Something in the request is not as it must be; the message says what.",
     "401": "No API key, or one that is not known.",
-    "403": "A page of another site called.",
+    "403": "A page of another site called, or a key of a user asks for what is an admin's.",
     "404": "No such model, version or address.",
     "408": "The request took too long to arrive.",
     "409": "The artifact cannot be loaded; the old one goes on.",
@@ -93,8 +93,7 @@ def document(tasks: Mapping[str, TaskRoute]) -> dict[str, Any]:
         )
         paths[f"/v2/repository/models/{{name}}/{verb}"] = {"post": operation}
     for name, task in tasks.items():
-        body = {"required": True, "content": {kind: {} for kind in task.content_types}}
-        paths[f"/v1/{name}"] = {"post": _operation(task.summary, "200", *_ANSWERS, given=[_TIMEOUT, _ID], body=body)}
+        paths[f"/v1/{name}"] = {"post": _task(task)}
     return {
         "openapi": "3.1.0",
         "info": {"title": "trilevel", "version": __version__, "description": "The Open Inference Protocol, version 2."},
@@ -172,6 +171,21 @@ def _infer(given: list[dict[str, Any]]) -> dict[str, Any]:
     }
     operation["responses"]["200"]["content"] = answer
     return operation
+
+
+def _task(task: TaskRoute) -> dict[str, Any]:
+    """A body that is JSON has all in it; of others the address says how they are read."""
+    told = {"type": "object", "properties": task.fields, "required": [task.content[0]]}
+    content: dict[str, Any] = {kind: {} for kind in task.content_types}
+    content |= {kind: {"schema": {"type": "string"}} for kind in task.content_types if kind.startswith("text/")}
+    content["application/json"] = {"schema": told}
+    asked = [
+        {"name": name, "in": "query", "schema": schema}
+        for name, schema in task.fields.items()
+        if name not in task.content
+    ]
+    body = {"required": True, "content": content}
+    return _operation(task.summary, "200", *_ANSWERS, given=[*asked, _TIMEOUT, _ID], body=body)
 
 
 def _request() -> dict[str, Any]:

@@ -82,6 +82,7 @@ async def index(exchange: Exchange) -> Response:
 
 async def load(exchange: Exchange, name: str) -> Response:
     """`POST /v2/repository/models/NAME/load`."""
+    exchange.front.keys.check_admin(exchange.call.key)
     check_parameters((await _sent(exchange, "parameters")).get("parameters", {}))
     await exchange.front.engine.load(name)
     return Response(200, b"", (JSON,))
@@ -89,6 +90,7 @@ async def load(exchange: Exchange, name: str) -> Response:
 
 async def unload(exchange: Exchange, name: str) -> Response:
     """`POST /v2/repository/models/NAME/unload`."""
+    exchange.front.keys.check_admin(exchange.call.key)
     check_parameters((await _sent(exchange, "parameters")).get("parameters", {}))
     await exchange.front.engine.unload(name)
     return Response(200, b"", (JSON,))

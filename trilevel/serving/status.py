@@ -35,6 +35,10 @@ class KeyRefusedError(ServingError):
     """No API key was sent, or one that is not known."""
 
 
+class RoleError(ServingError):
+    """The API key is known, and may not do this."""
+
+
 class OriginError(ServingError):
     """A page of another site called."""
 
@@ -64,6 +68,7 @@ STATUS: dict[type[BaseException], Status] = {
     MediaError: Status(415, "INVALID_ARGUMENT"),
     KeyRefusedError: Status(401, "UNAUTHENTICATED"),
     OriginError: Status(403, "PERMISSION_DENIED"),
+    RoleError: Status(403, "PERMISSION_DENIED"),
     UnknownRouteError: Status(404, "UNIMPLEMENTED"),
     UnknownModelError: Status(404, "NOT_FOUND"),
     MethodError: Status(405, "UNIMPLEMENTED"),

@@ -49,6 +49,16 @@ class TaskRoute(Protocol):
         """Which are read; others are refused."""
         ...
 
+    @property
+    def fields(self) -> Mapping[str, Mapping[str, Any]]:
+        """Schemas of what a body as JSON holds, by name; beside other bodies all but the content is in the address."""
+        ...
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """The fields that hold what is read; the first must be there."""
+        ...
+
     def prepare(self, upload: Upload) -> Prepared:
         """Read what was sent; runs in a thread of its own, and so does `Prepared.answer`.
 
