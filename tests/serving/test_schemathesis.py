@@ -1,0 +1,47 @@
+"""Requests that schemathesis makes of the description: every answer is one that it foresees, and none is a crash."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.artifact.installed import cached
+from tests.artifact.installed import run as run_command
+from tests.serving.fake_engine import FakeEngine
+from tests.serving.test_client import server_in_a_thread
+from tests.serving.test_rest import Lengths
+
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "unsupported_method",
+    "allow_header_conformance",
+)
+
+
+def schemathesis(target: Path) -> None:
+    """An environment of its own: what it needs is newer than what is pinned."""
+    run_command(sys.executable, "-m", "venv", str(target))
+    run_command(str(target / "bin" / "python"), "-m", "pip", "install", "-qq", "schemathesis>=4.30")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_requests_made_of_the_description(tmp_path: Path) -> None:
+    python = cached("schemathesis", schemathesis) / "bin" / "python"
+    # else nearly all requests would be for models that are none
+    names = '[parameters]\n"path.name" = ["double", "texts", "none"]\n"path.version" = ["1", "2", "none"]\n'
+    (tmp_path / "schemathesis.toml").write_text(names, encoding="utf-8")
+    options = ["--max-time", "40", "--seed", "1", "--no-color", "--checks", ",".join(CHECKS), "--continue-on-failure"]
+    engine = FakeEngine()
+    with server_in_a_thread(engine, tasks={"lengths": Lengths()}) as url:
+        command = [str(python), "-m", "schemathesis.cli", "run", f"{url}/openapi.json", *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert engine.answered
