@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -119,3 +120,17 @@ def test_texts_are_told_from_images(tmp_path: Path) -> None:
     assert load_task(tmp_path / "encoder").kind == "embedding"
     with pytest.raises(CheckpointError):
         load_task("no/such/encoder")
+
+
+def test_the_seed_orders_the_examples_and_the_plan_may_name_its_own(tmp_path: Path) -> None:
+    from trilevel.applications.compress import load_task
+
+    train_tiny(tmp_path, recipe=replace(RECIPE, schedule=Schedule(steps=2)))
+
+    def first(seed: int, options: dict[str, Any] | None = None) -> list[list[int]]:
+        task: Any = load_task(tmp_path / "run", options=options, seed=seed)
+        found: list[list[int]] = task.batches.batch(0)["input_ids"].tolist()
+        return found
+
+    assert first(0) == first(0) != first(1)
+    assert first(1, {"seed": 0}) == first(0)

@@ -19,6 +19,7 @@ def load_task(
     data: str | Path | None = None,
     limit: int | None = None,
     options: Mapping[str, Any] | None = None,
+    seed: int = 0,
     progress: Progress = lambda _what, _done: None,
 ) -> CompressionTask:
     """The model of a run folder, or a pretrained encoder by name, with the data to compress it.
@@ -28,6 +29,7 @@ def load_task(
         data: in place of what the run was trained on (images, tables), of the built-in text (documents, encoders).
         limit: examples of each split, for a try.
         options: the table `data` of a plan.
+        seed: of the order of examples, where the options do not name one.
         progress: told how reading goes on.
 
     Raises:
@@ -37,6 +39,7 @@ def load_task(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit={limit} must be >= 1.")
+    options = {"seed": seed, **(options or {})}
     return _LOADERS[model_kind(checkpoint)](checkpoint, data, limit, options, progress)
 
 

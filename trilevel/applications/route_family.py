@@ -94,7 +94,7 @@ def make_family(
         raise ConfigError(
             f"the plan has the stages {', '.join(kinds)}; paths need [exits], as recipes/paths-*.toml have it."
         )
-    task = load_task(source, limit=limit, options=plan.data, progress=progress)
+    task = load_task(source, limit=limit, options=plan.data, seed=seed, progress=progress)
     if precision_of(task.model) != "float32" or getattr(task.model.config, "exits", None) != ():
         raise ConfigError(f"{source} must be a float image or text classifier without exits: it is the reference.")
     made = compress(task, plan, work / "model", seed=seed, progress=progress, show_progress=show_progress)

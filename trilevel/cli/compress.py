@@ -26,7 +26,7 @@ def compress(
         float | None, typer.Option(help="Write no result that lost more quality (see the table), e.g. 0.01.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of each split, for a try.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of training and the order of its examples.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report alone, as the last line.")] = False,
 ) -> None:
     """Prune, distil and quantize a trained model; each stage is measured and kept.
@@ -43,7 +43,7 @@ def compress(
 
     chosen = read_plan(plan)
     with progress_bar() as progress:
-        task = load_task(checkpoint, data=data, limit=limit, options=chosen.data, progress=progress)
+        task = load_task(checkpoint, data=data, limit=limit, options=chosen.data, seed=seed, progress=progress)
         made = run(task, chosen, out, teacher=teacher, max_loss=max_loss, seed=seed, progress=progress)
     if as_json:
         typer.echo(json.dumps(made.report))
