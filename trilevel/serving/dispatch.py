@@ -46,7 +46,7 @@ class Dispatcher:
         self.name, self.plan, self.pool, self.config = name, plan, pool, batching
         self._batcher: Batcher[Row] = Batcher(batching, plan.fit)
         self._observer = observer
-        self._is_closed = False
+        self._is_closed = self._is_kicked = False
         self._wake: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         pool.on_change = self._kick
@@ -63,7 +63,10 @@ class Dispatcher:
         """Let rows wait, and run what can run."""
         for row in rows:
             self._batcher.add(row, now)
-        self._kick()
+        # rows of requests that came together run together: one turn of the loop reads them all
+        if not self._is_kicked:
+            self._is_kicked = True
+            self._loop.call_soon(self._kick)
 
     def late(self, ticket: Ticket) -> None:
         """Give up a request whose deadline has passed."""
@@ -98,6 +101,7 @@ class Dispatcher:
 
     def _kick(self) -> None:
         """Give every free worker what is due."""
+        self._is_kicked = False
         if self.pool.given_up and not self.pool.live:
             self._fail_waiting(self._lost())
         while idle := self.pool.idle:

@@ -73,6 +73,7 @@ class Plan:
 
     Attributes:
         full: the route of rows that no rule sends elsewhere.
+        specs: of inputs and outputs.
         certificate: None where nothing is promised.
         reason: why every row takes the full path; empty if they do not.
 
@@ -85,6 +86,7 @@ class Plan:
         self.task, self.settings = manifest.task, manifest.settings
         self._inputs, self._outputs = manifest.inputs, manifest.outputs
         self._pads = _pads(manifest.inputs, manifest.outputs)
+        self.specs = _specs(manifest.inputs), _specs(manifest.outputs)
         self._max_tokens = int(manifest.settings.get("max_tokens", 1 << 30))
         self._padding = {"input_ids": int(manifest.settings.get("padding_id", 0))}
         self.rule: Rule | None = None
@@ -129,11 +131,6 @@ class Plan:
         if self.rule is None or self.certificate is None:
             return 0.0
         return max(parse_target(proof.target).alpha for proof in self.certificate.proofs)
-
-    @property
-    def specs(self) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        """Of inputs and outputs."""
-        return _specs(self._inputs), _specs(self._outputs)
 
     def check(self, inputs: Arrays) -> None:
         """Raise InputError unless these are inputs of the graph, of one row at least."""
