@@ -26,6 +26,7 @@ TITLES = {
     "compression": "A document to its vector in 8 bits, MiniLM's size (`trilevel bench compression`)",
     "compression-applications": "Applications in 8 bits (`trilevel bench compression --applications`)",
     "paths": "Paths of their own, against the best fixed path with the same proof (`trilevel bench paths`)",
+    "serving": "The server (`trilevel bench serving`)",
     "retrieval": "Does a converted MiniLM find what it should? (`trilevel bench retrieval`)",
     "imdb": "A converted MiniLM fine-tuned on IMDB (docs/classification.md)",
     "calibrate": "The cost model, fitted to this machine (`trilevel bench calibrate`)",
