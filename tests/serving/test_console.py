@@ -46,6 +46,8 @@ class Mail:
 
     summary = "Classes of texts."
     content_types = ("application/json", "text/plain")
+    fields: Mapping[str, Mapping[str, Any]] = {"inputs": {"type": "array"}, "explain": {"type": "boolean"}}
+    content = ("inputs",)
 
     def __init__(self) -> None:
         self.uploads: list[Upload] = []
