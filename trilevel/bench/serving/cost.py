@@ -179,7 +179,7 @@ def _started(
         yield found
     finally:
         for one in found:
-            one.server.kill()
+            one.server.stop()
 
 
 def _peer(made: Made, work: Path) -> _Contender:

@@ -97,7 +97,7 @@ def _server(folder: Path) -> Iterator[ServerProcess]:
     try:
         yield server
     finally:
-        server.kill()
+        server.stop()
 
 
 def _under_load(

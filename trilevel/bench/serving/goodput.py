@@ -178,7 +178,7 @@ def _started(
         yield found
     finally:
         for one in found:
-            one.server.kill()
+            one.server.stop()
 
 
 def _is_right(one: Contender) -> bool:
@@ -230,7 +230,7 @@ def measure_dense(
             asked = Spec(port=port, path="/predict", connections=connections, seconds=seconds, timeout_s=300.0)
             load = run_load(asked, bodies)
         finally:
-            server.kill()
+            server.stop()
         if not load.is_ok.any():
             found.append({**row, "status": f"no answers: {load.counts()}"})
             continue

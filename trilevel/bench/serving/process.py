@@ -134,14 +134,28 @@ class ServerProcess:
             raise ImplementationError(f"a server did not end within {timeout_s:g} s of SIGTERM.") from error
         return time.monotonic() - begun
 
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Ask it to end, so that it takes its files and shared memory with it; then as `kill`."""
+        if self._process.poll() is None:
+            self._signal(signal.SIGCONT)
+            below = self.pids[1:]
+            with contextlib.suppress(ImplementationError):
+                self.terminate(timeout_s)
+            self._end(below)
+        self.kill()
+
     def kill(self) -> None:
         """End all its processes now."""
-        # those below go last: the first one would start them anew
-        for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if self._process.poll() is None:
+            # those below go last: the first one would start them anew
+            self._end(self.pids)
         self._process.wait()
         self._said.close()
+
+    def _end(self, pids: list[int]) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
         for pid in self.pids:
