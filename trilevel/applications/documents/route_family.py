@@ -141,7 +141,7 @@ def make_document_family(
     num_layers = len(encoder.stack.blocks)
     plan = default_plan(num_layers) if plan is None else plan
     exits, recovery, rounding = _parts(plan)
-    settings = from_mapping(DataConfig, dict(plan.data))
+    settings = from_mapping(DataConfig, {"seed": seed, **plan.data})
     documents = load_jsonl(data_path(data), split="train", limit=limit or settings.documents)
     corpus = [one.cut(settings.max_tokens) for one in encode_corpus(documents, tokenizer)]
     corpus = [one for one in corpus if one.oracle.any()]
