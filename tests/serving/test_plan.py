@@ -11,9 +11,10 @@ import pytest
 from tests.serving.fake_model import pixels, write_fake
 from trilevel.artifact.manifest import Artifact, Manifest, Tensors, write_artifact
 from trilevel.errors import ArtifactError, ConfigError
+from trilevel.routing.executor import Route
 from trilevel.serving.catalog import Source, sources, take_snapshot
 from trilevel.serving.opener import version_of
-from trilevel.serving.plan import Key, Plan, Route
+from trilevel.serving.plan import Key, Plan
 from trilevel.serving.requests import TensorSpec
 
 ROUTED = {"is_routed": True, "reason": ""}

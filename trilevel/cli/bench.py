@@ -148,9 +148,9 @@ def paths(
         torch.set_num_threads(threads)
     case = PathsCase(tasks=parse_tasks(task), runtime=runtime, limit=limit)  # type: ignore[arg-type]  # checked later
     if smoke:
-        tiny: dict[str, Any] = {"samples": 16, "draws": 50, "budget_s": 1.0, "batches": (1, 8)}
-        tiny |= {"long_documents": 0, "has_bars": False}
-        case = dataclasses.replace(case, **tiny)
+        case = dataclasses.replace(
+            case, samples=16, draws=50, budget_s=1.0, batches=(1, 8), long_documents=0, has_bars=False
+        )
     with progress_bar() as progress:
         report = run(case, progress)
     _finish(report, [paths_table(report)], as_json=as_json, out=out)

@@ -167,7 +167,7 @@ def execute(
         samples=samples, steps=steps, decider=decider, max_batch=max_batch, collate=collate, features=features,
         on_batch=on_batch, clock=clock,
     )  # fmt: skip
-    routes, full = _routes(paths), paths.full.name
+    routes, full = routes_of(paths), paths.full.name
     begun = _begin(decider, features, full, routes)
     lengths = [length_of(sample) for sample in samples]
     groups: dict[tuple[str, int], list[int]] = {}
@@ -223,23 +223,27 @@ def _check_steps(steps: Mapping[str, Steps], paths: PathSet) -> None:
         raise ConfigError(f"there are no steps for the paths {', '.join(short)}; families and their segments: {have}.")
 
 
-class _Route(NamedTuple):
+class Route(NamedTuple):
     """What a sample takes: segments of a family up to `last`, and the depths behind which the rule is asked."""
 
     family: str
     asked: tuple[int, ...]
     last: int
 
+    def path(self, segment: int, full: str) -> str:
+        """The name of the path that ends behind a segment, numbered from 0; `full` where nobody is asked."""
+        return Family.parse(self.family).at(segment + 1).name if self.asked else full
 
-def _routes(paths: PathSet) -> dict[str, _Route]:
+
+def routes_of(paths: PathSet) -> dict[str, Route]:
     """By what a rule may name: the families, and at the end the full path, behind which nobody is asked."""
     full = paths.full
     asked = {
         name: tuple(depth for depth in depths if name != full.family.name or depth < full.segments)
         for name, depths in paths.families.items()
     }
-    routes = {name: _Route(name, asked[name], depths[-1]) for name, depths in paths.families.items()}
-    return routes | {full.name: _Route(full.family.name, (), full.segments)}
+    routes = {name: Route(name, asked[name], depths[-1]) for name, depths in paths.families.items()}
+    return routes | {full.name: Route(full.family.name, (), full.segments)}
 
 
 def _begin(decider: Decider | None, features: Floats, full: str, known: Collection[str]) -> Sequence[str]:
@@ -301,7 +305,7 @@ class _Execution(Generic[Sample]):
     routed: dict[int, Routed] = field(default_factory=dict)
     failed: dict[int, Exception] = field(default_factory=dict)
 
-    def finish(self, route: _Route, length: int, rows: Sequence[int]) -> list[int]:
+    def finish(self, route: Route, length: int, rows: Sequence[int]) -> list[int]:
         """Run all samples of a route and length, and give back those that restart.
 
         A batch that fails takes its own samples with it, no others.
@@ -330,7 +334,7 @@ class _Execution(Generic[Sample]):
         full = [segment for segment in waiting if len(queues[segment].rows) >= self.max_batch]
         return full[-1] if full else min(waiting, default=None)
 
-    def _step(self, route: _Route, segment: int, length: int, batch: _Waiting) -> _Waiting:
+    def _step(self, route: Route, segment: int, length: int, batch: _Waiting) -> _Waiting:
         """Run a batch through a segment; those that leave get their answer, the others are given back."""
         rows: list[int] = batch.rows.tolist()
         state, outputs = self._run(route, segment, length, batch)
@@ -347,7 +351,7 @@ class _Execution(Generic[Sample]):
             self.routed[row] = Routed(outputs=own, path=path, segments_run=ran, margin=float(margin[place]))
         return _Waiting(batch.rows[~leave], {name: array[~leave] for name, array in state.items()})
 
-    def _decide(self, route: _Route, segment: int, heads: Array, rows: Rows) -> Verdict:
+    def _decide(self, route: Route, segment: int, heads: Array, rows: Rows) -> Verdict:
         if self.decider is None or segment + 1 not in route.asked:
             return Verdict(np.full(len(rows), segment + 1 == route.last), np.full(len(rows), np.nan))
         verdict = self.decider.after(route.family, segment, heads, self.features[rows])
@@ -358,7 +362,7 @@ class _Execution(Generic[Sample]):
             )
         return verdict
 
-    def _run(self, route: _Route, segment: int, length: int, batch: _Waiting) -> tuple[Arrays, Array]:
+    def _run(self, route: Route, segment: int, length: int, batch: _Waiting) -> tuple[Arrays, Array]:
         """State, empty behind the last segment of a route, and outputs."""
         samples = [self.samples[row] for row in batch.rows.tolist()]
         arrays = self.collate(samples, length) if segment == 0 else batch.state

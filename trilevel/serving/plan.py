@@ -22,6 +22,7 @@ from trilevel.artifact.routed import (
 )
 from trilevel.artifact.runtime.predictor import check_inputs
 from trilevel.routing.certificate import Certificate
+from trilevel.routing.executor import Route, routes_of
 from trilevel.routing.features import features_of
 from trilevel.routing.harm import NEVER
 from trilevel.routing.latency import LatencyTable
@@ -32,18 +33,6 @@ from trilevel.serving.latency_fit import LatencyFit
 from trilevel.serving.requests import Arrays, TensorSpec
 
 Array = npt.NDArray[Any]
-
-
-class Route(NamedTuple):
-    """Segments of a family up to `last`, and the depths behind which the rule is asked."""
-
-    family: str
-    asked: tuple[int, ...]
-    last: int
-
-    def path(self, segment: int, full: str) -> str:
-        """The name of the path that ends behind a segment, numbered from 0."""
-        return Family.parse(self.family).at(segment + 1).name if self.asked else full
 
 
 class Key(NamedTuple):
@@ -102,13 +91,9 @@ class Plan:
     def _open(self, artifact: Artifact, *, is_routed: bool) -> None:
         router = read_router(artifact)
         paths = paths_of(router)
-        self.full_name, full = router.full, paths.full
-        self.full = Route(full.family.name, (), full.segments)
+        self._routes = routes_of(paths)
+        self.full_name, self.full = router.full, self._routes[router.full]
         self._table = read_latency(artifact)
-        for name, depths in paths.families.items():
-            asked = tuple(depth for depth in depths if name != full.family.name or depth < full.segments)
-            self._routes[name] = Route(name, asked, depths[-1])
-        self._routes[router.full] = self.full
         self._paths = paths.names
         self._features = features_of(artifact.manifest.task)[1]
         if is_routed:

@@ -10,8 +10,9 @@ from typing import Any, Protocol, final
 import numpy as np
 import numpy.typing as npt
 
+from trilevel.routing.executor import Route
 from trilevel.serving.entry import Entry
-from trilevel.serving.plan import Key, Piece, Route
+from trilevel.serving.plan import Key, Piece
 from trilevel.serving.requests import Arrays, Reply, Request, Step
 
 

@@ -61,7 +61,7 @@ def test_a_process_answers_with_times_memory_and_the_same_scores(
     assert found.peak_memory_bytes is not None
     assert found.peak_memory_bytes > 50 * 2**20
     assert found.scores is not None
-    encoded = module._load_encoded(str(folder / "document.npz"))
+    encoded = module.load_encoded(str(folder / "document.npz"))
     own = prepare(load_variant(str(folder), "sdpa"), encoded, "sdpa")()
     np.testing.assert_allclose(found.scores, own, atol=1e-4)
     assert found.tokens == encoded.num_tokens

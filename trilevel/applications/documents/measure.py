@@ -169,7 +169,8 @@ def save_encoded(path: Path, encoded: Any) -> None:
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 
 
-def _load_encoded(path: str) -> Any:
+def load_encoded(path: str | Path) -> Any:
+    """What `save_encoded` wrote."""
     from trilevel.applications.documents.encoded import Encoded
 
     with np.load(path, allow_pickle=False) as stored:
@@ -202,7 +203,7 @@ def _in_runtime(job: Job) -> _Prepare:
 
 
 def _run(job: Job) -> Iterator[dict[str, Any]]:
-    encoded = _load_encoded(job.document).cut(job.max_tokens)
+    encoded = load_encoded(job.document).cut(job.max_tokens)
     prepare = (_in_runtime if job.attention == "int8" else _in_torch)(job)
     # the warm-up pass is the one whose memory counts: what it frees leaves the process at once, so that the peak is
     # what the pass holds and not what the allocator kept; the timed passes run with an allocator that keeps

@@ -7,7 +7,7 @@ sees a model with one path, all of whose work is done in the first segment.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, final
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from trilevel.artifact.manifest import read_artifact
 from trilevel.artifact.routed import RoutedPredictor
 from trilevel.errors import ArtifactError
+from trilevel.routing.executor import Route, routes_of
 from trilevel.routing.router import Rule
 from trilevel.serving.requests import Arrays
 
@@ -40,28 +41,22 @@ class BlindRunner:
 
     def _answers(self, arrays: Arrays) -> Array:
         """Each row's own answer (rows, ...), for the price of the deepest."""
-        paths, starts = self._predictor.paths, self._rule.start(self._predictor.features(arrays))
-        full, found = paths.full, dict[int, Array]()
-        for name in sorted(set(starts) - {full.name}):
-            depths = paths.families[name]
-            asked = [depth for depth in depths if name != full.family.name or depth < full.segments]
-            self._through(
-                name, depths[-1], asked, arrays, {row for row, own in enumerate(starts) if own == name}, found
-            )
+        starts, full = self._rule.start(self._predictor.features(arrays)), self._predictor.paths.full.name
+        routes, found = routes_of(self._predictor.paths), dict[int, Array]()
+        for name in sorted(set(starts) - {full}):
+            self._through(routes[name], arrays, {row for row, own in enumerate(starts) if own == name}, found)
         rest = set(range(len(starts))) - found.keys()
         if rest:
-            self._through(full.family.name, full.segments, (), arrays, rest, found)
+            self._through(routes[full], arrays, rest, found)
         return np.concatenate([found[row] for row in range(len(starts))])
 
-    def _through(
-        self, name: str, last: int, asked: Sequence[int], state: Arrays, rows: set[int], found: dict[int, Array]
-    ) -> None:
-        """Take the whole batch through a family until those rows have left, at most to `last`."""
-        for segment in range(last):
-            state, outputs = self._predictor.steps[name].run(segment, state)
-            leave = np.full(len(outputs), segment + 1 == last)
-            if segment + 1 in asked:
-                leave = self._rule.after(name, segment, outputs[:, None], np.empty((len(outputs), 0))).leave
+    def _through(self, route: Route, state: Arrays, rows: set[int], found: dict[int, Array]) -> None:
+        """Take the whole batch along a route until those rows have left."""
+        for segment in range(route.last):
+            state, outputs = self._predictor.steps[route.family].run(segment, state)
+            leave = np.full(len(outputs), segment + 1 == route.last)
+            if segment + 1 in route.asked:
+                leave = self._rule.after(route.family, segment, outputs[:, None], np.empty((len(outputs), 0))).leave
             for row in [row for row in rows if leave[row]]:
                 found[row] = outputs[row : row + 1]
                 rows.discard(row)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trilevel.applications.documents.encoded import Encoded
 from trilevel.artifact.manifest import read_artifact
 from trilevel.artifact.runtime.predictor import load_predictor
 
@@ -55,10 +54,11 @@ def _documents(spec: DenseSpec, files: Sequence[Path]) -> Callable[[Sequence[int
     import torch
 
     from trilevel.applications.documents.data import collate
+    from trilevel.applications.documents.measure import load_encoded
     from trilevel.applications.documents.passes import load_variant, without_padding
 
     torch.set_num_threads(spec.threads)
-    model, documents = load_variant(None, "sdpa"), [_encoded(_arrays(file)) for file in files]
+    model, documents = load_variant(None, "sdpa"), [load_encoded(file) for file in files]
 
     @torch.inference_mode()
     def run(samples: Sequence[int]) -> list[list[float]]:
@@ -80,10 +80,6 @@ def _graph(spec: DenseSpec, files: Sequence[Path]) -> Callable[[Sequence[int]], 
         return [row.tolist() for row in found]
 
     return run
-
-
-def _encoded(arrays: Mapping[str, Any]) -> Encoded:
-    return Encoded(**{**arrays, "units_left_out": int(arrays["units_left_out"])})
 
 
 def _arrays(file: Path) -> dict[str, npt.NDArray[Any]]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from trilevel.applications.documents.data import cache_dir
 from trilevel.bench.serving.trivial import CLASSES, FEATURES, INPUT, NAME, OUTPUT
 from trilevel.errors import InputError
 
@@ -97,7 +98,7 @@ def find(names: Sequence[str], *, make: bool) -> tuple[list[Made], dict[str, str
     for name in names:
         if name not in PEERS:
             raise InputError(f"there is no peer {name!r}; known are {', '.join(PEERS)}.")
-        folder = _cache() / name
+        folder = cache_dir() / "peers" / name
         if not folder.is_dir() and not make:
             absent[name] = "it is not installed; --peers installs it"
             continue
@@ -108,10 +109,6 @@ def find(names: Sequence[str], *, make: bool) -> tuple[list[Made], dict[str, str
         except (OSError, subprocess.SubprocessError) as error:
             absent[name] = f"it cannot be installed: {error}"
     return found, absent
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("TRILEVEL_CACHE") or Path.home() / ".cache" / "trilevel") / "peers"
 
 
 def _make(peer: Peer, folder: Path) -> None:

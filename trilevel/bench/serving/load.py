@@ -163,11 +163,6 @@ class Running:
         finally:
             self.stop()
 
-    @property
-    def is_over(self) -> bool:
-        """Whether everything was sent, and answered or given up."""
-        return self._process.poll() is not None
-
     def stop(self) -> None:
         """End it, whatever is under way."""
         self._process.kill()

@@ -11,7 +11,7 @@ from typing import Any, final
 
 from trilevel.bench.harness import Bar, Progress
 from trilevel.bench.serving.goodput import Contender
-from trilevel.bench.serving.load import Load, Running
+from trilevel.bench.serving.load import Load, run_load
 from trilevel.bench.serving.process import ServerProcess
 
 OVERLOAD = 3.0
@@ -106,7 +106,7 @@ def press(one: Contender, name: str, rate: float, seconds: float, progress: Prog
     memory = Memory()
     spec = one.spec(rate=rate, seconds=seconds, deadline_s=one.slo_s, connections=16)
     with one.server.running(), memory.watch(one.server):
-        load = Running(spec, one.workload.bodies).result()
+        load = run_load(spec, one.workload.bodies)
     return Pressure(workload=one.workload.name, name=name, load=load, memory=memory, slo_s=one.slo_s, peak=one.goodput)
 
 
