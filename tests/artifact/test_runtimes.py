@@ -14,7 +14,8 @@ import torch
 from tests.artifact.models import call, mean_model, probe
 from trilevel.artifact.export.onnx import export_onnx, exportable
 from trilevel.artifact.manifest import MODEL_FILE, Artifact
-from trilevel.artifact.runtime.predictor import Predictor, Runtime, load_predictor
+from trilevel.artifact.probe import Arrays
+from trilevel.artifact.runtime.predictor import InPieces, Predictor, Runtime, load_predictor
 from trilevel.artifact.verify import check_probes, chosen_tokens, integer_kernels, overlap, parity
 from trilevel.attention.layer import MultiLevelAttention
 from trilevel.attention.levels import Levels
@@ -68,6 +69,35 @@ def test_the_same_tokens_are_chosen(mean_artifact: Artifact) -> None:
         )
     wanted = [[explanation.global_index.numpy() for explanation in details.explanations]]
     assert overlap(ours, wanted) == 1.0
+
+
+class Seen:
+    """Passes calls on and keeps how many rows each had."""
+
+    def __init__(self, whole: Predictor) -> None:
+        self.whole, self.rows = whole, list[int]()
+        self.runtime, self.version, self.precision = whole.runtime, whole.version, whole.precision
+        self.kernels = whole.kernels
+
+    def run(self, inputs: Arrays) -> dict[str, Any]:
+        self.rows.append(len(inputs["input_ids"]))
+        return self.whole.run(inputs)
+
+
+def test_a_large_batch_runs_in_pieces(mean_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = probe(5, 33)
+    seen = Seen(load(mean_artifact, "onnxruntime"))
+    pieces = InPieces(seen, mean_artifact.manifest.inputs)
+    whole = pieces.run(one.inputs)["vector"]
+    monkeypatch.setattr("trilevel.routing.steps.MAX_PLACES", 70)
+    np.testing.assert_allclose(pieces.run(one.inputs)["vector"], whole, atol=1e-6)
+    # a row that is longer than all that may run at once runs alone
+    monkeypatch.setattr("trilevel.routing.steps.MAX_PLACES", 10)
+    np.testing.assert_allclose(pieces.run(one.inputs)["vector"], whole, atol=1e-6)
+    assert seen.rows == [5, 2, 2, 1, 1, 1, 1, 1, 1]
+    assert isinstance(load(mean_artifact, "onnxruntime"), InPieces)
+    with pytest.raises(InputError, match="takes"):
+        pieces.run({"input_ids": one.inputs["input_ids"]})
 
 
 def test_inputs_are_unchanged_and_outputs_one_s_own(mean_artifact: Artifact) -> None:

@@ -23,7 +23,7 @@ from trilevel.bench.serving.goodput import AWARE, Contender, Goodput
 from trilevel.bench.serving.load import Load, run_load
 from trilevel.bench.serving.own import EngineSpec, start_engine
 from trilevel.bench.serving.pressure import Memory, Pressure, press, pressure_bars
-from trilevel.bench.serving.process import free_port
+from trilevel.bench.serving.process import free_ports
 from trilevel.bench.serving.trivial import (
     INPUT,
     NAME,
@@ -190,7 +190,7 @@ def test_nothing_is_lost_when_workers_die_models_change_and_servers_end(tmp_path
 
 @pytest.mark.slow
 def test_memory_does_not_grow(trivial: Path) -> None:
-    port = free_port()
+    (port,) = free_ports(1)
     server = start_engine(EngineSpec(folder=str(trivial), name=NAME, port=port))
     x = rows(512)
     workload = Workload(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from trilevel.bench.serving.load import LOST, NOT_ACCEPTED, Load, Spec, load_bytes, poisson, run_load, save_bytes
-from trilevel.bench.serving.process import free_port
+from trilevel.bench.serving.process import free_ports
 
 STALL_S = 0.6
 RATE = 150.0
@@ -124,7 +124,7 @@ def test_what_is_not_answered_is_lost_and_what_is_not_taken_is_not() -> None:
     assert set(load.status[load.body == 1].tolist()) == {200}
     replies = {reply for reply, ok in zip(load.replies, load.is_ok, strict=True) if ok}
     assert replies == {b"kept"}
-    refused = run_load(Spec(port=free_port(), path="/", rate=40.0, seconds=0.3, is_fresh=True), [b"x"])
+    refused = run_load(Spec(port=free_ports(1)[0], path="/", rate=40.0, seconds=0.3, is_fresh=True), [b"x"])
     assert set(refused.status.tolist()) == {NOT_ACCEPTED}
     assert (refused.num_lost, refused.percentile_ms(50)) == (0, None)
     assert refused.counts() == {"not accepted": len(refused)}

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 from tests.serving.fake_engine import FakeEngine, infer_body, looped, served
 from tests.serving.test_grpc import request
+from trilevel.bench.serving.process import free_ports
 from trilevel.serving.grpc_methods import SERVICE
 from trilevel.serving.protocol import open_inference_pb2 as messages
 from trilevel.serving.requests import OverloadedError, UnavailableError, WorkerError
@@ -37,12 +37,6 @@ class Balancer:
         self.servers: list[Server] = []
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        found: int = held.getsockname()[1]
-        return found
-
-
 def configured(kind: str, folder: Path, ports: dict[str, int]) -> list[str]:
     """The command that runs the shipped configuration, which differs in its ports alone."""
     text = (DEPLOY / FILES[kind]).read_text(encoding="utf-8")
@@ -60,7 +54,7 @@ def configured(kind: str, folder: Path, ports: dict[str, int]) -> list[str]:
 async def balanced(kind: str, folder: Path) -> AsyncIterator[Balancer]:
     if shutil.which(kind) is None:
         pytest.skip(f"{kind} is not installed: apt-get install {kind}")
-    ports = {"80": free_port(), "81": free_port()}
+    ports = dict(zip(("80", "81"), free_ports(2), strict=True))
     found = Balancer(ports["80"], ports["81"])
     async with contextlib.AsyncExitStack() as stack:
         for engine, (rest, rpc) in zip(found.engines, (("8000", "8001"), ("8010", "8011")), strict=True):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from trilevel.errors import ConfigError, InputError
 from trilevel.routing.latency import Floats, LatencyTable, measure
-from trilevel.routing.steps import Array, Arrays
+from trilevel.routing.steps import MAX_PLACES, Array, Arrays
 
 BATCHES, LENGTHS = (1, 3, 7), (5, 11)
 MACHINE = {"cpu": "a fake", "cores": 2}
@@ -85,6 +85,20 @@ def test_measured_times_are_those_that_passed(is_whole: bool) -> None:
     np.testing.assert_allclose(found.through_ms["float32"], expected((13.0,)))
     np.testing.assert_allclose(found.path_ms("int8/2"), expected((2.0, 3.0))[1] + router)
     np.testing.assert_allclose(found.segment_ms("int8")[1], expected((3.0,))[0])
+
+
+def test_a_batch_that_runs_in_pieces_is_measured_by_one_of_them() -> None:
+    clock, length = Clock(), MAX_PLACES // 3
+    steps = {"int8": TimedSteps("int8", (2.0,), clock)}
+    found = measure(
+        steps, inputs, batches=[1, 2, 9], lengths=[5, length], machine={}, clock=clock, min_rounds=1, max_rounds=1,
+        warm_up=0, router=lambda arrays: clock.work(f"router of {len(arrays['x'])}", len(arrays["x"])),
+    )  # fmt: skip
+    assert [what for what in clock.worked if "router" in what] == [f"router of {rows}" for rows in (1, 1, 2, 2, 9, 3)]
+    own, long = found.through_ms["int8"][0].T
+    np.testing.assert_allclose(own, [7, 9, 23])
+    np.testing.assert_allclose(long, [2 + length, 4 + length, 3 * (6 + length)])
+    np.testing.assert_allclose(found.router_ms, [[1, 1], [2, 2], [9, 9]])
 
 
 def test_families_take_turns_at_each_point() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from tests.artifact.installed import cached
 from tests.artifact.installed import run as run_command
 from tests.serving.fake_engine import looped
 from tests.serving.fake_model import INPUT_ERROR, SLEEPS, expected, pixels, write_fake
+from trilevel.bench.serving.process import free_ports
 from trilevel.client import AsyncClient, Retry
 from trilevel.serving.grpc_methods import SERVICE
 from trilevel.serving.protocol import open_inference_pb2 as messages
@@ -84,14 +84,6 @@ def cluster(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactor
             assert process.returncode == 0, (folder / "log").read_text()[-3000:]
         finally:
             process.kill()
-
-
-def free_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    found: list[int] = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return found
 
 
 def sent(row: np.ndarray) -> dict[str, Any]:

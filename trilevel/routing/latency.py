@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from trilevel.errors import ConfigError, InputError
 from trilevel.routing.paths import Family, Path
-from trilevel.routing.steps import Arrays, Steps
+from trilevel.routing.steps import Arrays, Steps, rows_at_once
 
 FORM = 1
 """Of the document; one of another form is refused."""
@@ -277,7 +277,9 @@ def measure(
     _check_axis("lengths", tuple(lengths))
     if not 1 <= min_rounds <= max_rounds:
         raise ConfigError(f"min_rounds={min_rounds} must be 1 to max_rounds={max_rounds}.")
-    points = {(batch, length): inputs(batch, length) for batch in batches for length in lengths}
+    # a batch that runs in pieces takes as long as its pieces, so one of them is measured
+    cells = [(min(batch, rows_at_once(length)), length) for batch in batches for length in lengths]
+    points = {(batch, length): inputs(batch, length) for batch, length in dict.fromkeys(cells)}
     for _ in range(warm_up):
         for arrays in points.values():
             _point(steps, router, arrays, is_whole, clock)
@@ -292,7 +294,9 @@ def measure(
                 progress(f"batch {batch}, length {length}", max(done / max_rounds, min(spent, done / min_rounds, 1.0)))
             rounds[-1].append(_point(steps, router, arrays, is_whole, clock))
     # first the router, then the segments of all families
-    ms = 1e3 * np.median(rounds, axis=0).T.reshape(-1, len(batches), len(lengths))
+    found = dict(zip(points, 1e3 * np.median(rounds, axis=0), strict=True))
+    ms = np.array([found[cell] for cell in cells]).T.reshape(-1, len(batches), len(lengths))
+    ms *= np.array(batches)[:, None] / np.array([batch for batch, _ in cells]).reshape(len(batches), len(lengths))
     ends = np.cumsum([own.num_segments for own in steps.values()])
     return LatencyTable(
         machine=machine,

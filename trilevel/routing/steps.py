@@ -11,6 +11,15 @@ Arrays = dict[str, Array]
 """By name; the first axis of each is the batch."""
 
 
+MAX_PLACES = 16_384
+"""Most places, rows times their padded length, that run at once: what bounds the memory. A longer row runs alone."""
+
+
+def rows_at_once(length: int) -> int:
+    """Rows of a padded length that run at once; larger batches take one such piece after another."""
+    return max(1, MAX_PLACES // length)
+
+
 class Steps(Protocol):
     """The segments of one family on one runtime, which are run one after another."""
 

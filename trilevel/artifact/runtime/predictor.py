@@ -11,6 +11,7 @@ import numpy.typing as npt
 from trilevel.artifact.manifest import Artifact, Tensors
 from trilevel.artifact.probe import Arrays
 from trilevel.errors import ConfigError, InputError
+from trilevel.routing.steps import rows_at_once
 
 Precision = Literal["float32", "bfloat16"]
 Runtime = Literal["onnxruntime", "openvino", "torch"]
@@ -69,6 +70,42 @@ def check_inputs(wanted: Mapping[str, Tensors], given: Arrays) -> None:
             raise InputError(f"input {name!r} has shape {array.shape}; {shape} of at least one each is needed.")
 
 
+class InPieces:
+    """A graph that runs large batches one piece after another, so that a batch needs no more memory than a long row.
+
+    Args:
+        whole: what runs the pieces.
+        inputs: of the graph.
+    """
+
+    def __init__(self, whole: Predictor, inputs: Mapping[str, Tensors]) -> None:
+        self._whole, self._inputs = whole, inputs
+        self.runtime, self.version, self.precision = whole.runtime, whole.version, whole.precision
+
+    def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
+        """Outputs by name."""
+        check_inputs(self._inputs, inputs)
+        rows = len(next(iter(inputs.values())))
+        size = rows_at_once(self._length(inputs))
+        if rows <= size:
+            return self._whole.run(inputs)
+        pieces = [
+            self._whole.run({name: array[start : start + size] for name, array in inputs.items()})
+            for start in range(0, rows, size)
+        ]
+        return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def _length(self, inputs: Arrays) -> int:
+        """Of the longest axis that is free, besides the batch; 1 where all others are fixed, as images' are."""
+        free = ((inputs[name].shape[place], axis) for name, own in self._inputs.items()
+                for place, axis in enumerate(own.axes) if place)  # fmt: skip
+        return max((size for size, axis in free if isinstance(axis, str)), default=1)
+
+    def kernels(self) -> Mapping[str, str]:
+        """What is executed, by the operator's name."""
+        return self._whole.kernels()
+
+
 def load_predictor(
     artifact: Artifact,
     runtime: Runtime = "onnxruntime",
@@ -92,7 +129,7 @@ def load_predictor(
     check_options(threads, precision)
     if runtime not in _RUNTIMES:
         raise ConfigError(f"runtime={runtime!r} is unknown; known are {', '.join(_RUNTIMES)}.")
-    return _RUNTIMES[runtime](artifact, threads, precision)
+    return InPieces(_RUNTIMES[runtime](artifact, threads, precision), artifact.manifest.inputs)
 
 
 def _onnxruntime(artifact: Artifact, threads: int | None, precision: Precision) -> Predictor:

@@ -13,7 +13,7 @@ from trilevel.bench.harness import Bar, Progress
 from trilevel.bench.serving.environments import INFER, RPC, Made
 from trilevel.bench.serving.load import Protocol, Spec, run_load
 from trilevel.bench.serving.own import start_command
-from trilevel.bench.serving.process import ServerProcess, free_port
+from trilevel.bench.serving.process import ServerProcess, free_ports
 from trilevel.bench.serving.trivial import (
     NAME,
     is_right,
@@ -183,7 +183,7 @@ def _started(
 
 
 def _peer(made: Made, work: Path) -> _Contender:
-    port, grpc_port = free_port(), free_port()
+    port, grpc_port = free_ports(2)
     command, environment = made.command(port, grpc_port, work)
     server = ServerProcess(command, made.peer.ready, port, environment)
     paths: dict[Protocol, tuple[int, str]] = {"rest": (port, made.peer.rest)}

@@ -23,7 +23,7 @@ from trilevel.bench.serving.dense import DenseSpec
 from trilevel.bench.serving.environments import SCRIPTS, Made
 from trilevel.bench.serving.load import Load, Spec, run_load
 from trilevel.bench.serving.own import EngineSpec, start_engine
-from trilevel.bench.serving.process import ServerProcess, free_port
+from trilevel.bench.serving.process import ServerProcess, free_ports
 from trilevel.bench.serving.workload import Workload
 from trilevel.errors import ImplementationError
 
@@ -172,7 +172,7 @@ def _started(
     try:
         for name, options in kinds.items():
             progress(f"{workload.name}: starting {name}", 0.0)
-            server = start_engine(EngineSpec(**common, **options, port=free_port()))
+            server = start_engine(EngineSpec(**common, **options, port=free_ports(1)[0]))
             server.pause()
             found.append(Contender(name=name, server=server, workload=workload, slo_s=slo_s))
         yield found
@@ -212,7 +212,7 @@ def measure_dense(
         save_encoded(folder / f"{number}.npz", document)
     bodies = [b'{"sample": %d}' % number for number in range(len(workload.inputs))]
     for size in _DENSE_BATCHES:
-        name, port = f"{DENSE}, batches of {size}", free_port()
+        name, port = f"{DENSE}, batches of {size}", free_ports(1)[0]
         progress(f"{workload.name}: {name}", 0.0)
         spec = DenseSpec(
             samples=str(folder), artifact=None if workload.documents else str(workload.folder), max_batch=size,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trilevel.bench.serving.process import ServerProcess, free_port
+from trilevel.bench.serving.process import ServerProcess, free_ports
 from trilevel.serving.batching import BatchingConfig
 from trilevel.serving.catalog import Source
 from trilevel.serving.engine import EngineConfig, LocalEngine
@@ -48,7 +48,7 @@ def start_command(
     artifact: Path, name: str, *, instances: int = 1, threads: int = 1, options: Sequence[str] = ()
 ) -> tuple[ServerProcess, int]:
     """`trilevel serve` with an artifact under a name, ready; and its port of gRPC."""
-    port, grpc_port = free_port(), free_port()
+    port, grpc_port = free_ports(2)
     numbers = {"port": port, "grpc-port": grpc_port, "instances": instances, "threads": threads}
     given = [f"--{key}={value}" for key, value in numbers.items()]
     command = [sys.executable, "-m", "trilevel", "serve", f"{name}={artifact}", "--quiet", *given, *options]

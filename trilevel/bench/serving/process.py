@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -20,13 +21,20 @@ from trilevel.errors import ImplementationError
 _PROC = Path("/proc")
 _POLL_S = 0.05
 _LAST_LINES = 3
+# below those that systems give to connections and to port 0, where a port that was just found free may be taken
+_PORTS = (20_000, 32_000)
 
 
-def free_port() -> int:
-    """A port that nothing listens at now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Different ports that nothing listens at now, for servers that cannot be given port 0."""
+    found: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(found) < count:
+            port = random.SystemRandom().randrange(*_PORTS)
+            with contextlib.suppress(OSError):
+                held.enter_context(socket.create_server(("127.0.0.1", port)))
+                found.append(port)
+    return found
 
 
 @final
