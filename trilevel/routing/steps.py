@@ -11,7 +11,7 @@ Arrays = dict[str, Array]
 """By name; the first axis of each is the batch."""
 
 
-MAX_PLACES = 16_384
+MAX_PLACES = 8_192
 """Most places, rows times their padded length, that run at once: what bounds the memory. A longer row runs alone."""
 
 

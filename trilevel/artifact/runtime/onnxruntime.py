@@ -49,6 +49,8 @@ class OnnxRuntime:
         settings = self._ort.SessionOptions()
         # errors are raised; warnings are about graphs, which the user did not write
         settings.log_severity_level = 3
+        # plans memory for each shape that it has seen: for free lengths that takes more of it and saves no time
+        settings.enable_mem_pattern = False
         for entry, value in SESSION_ENTRIES.items():
             settings.add_session_config_entry(entry, value)
         if self._threads is not None:
