@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.serving.fake_engine import FakeEngine, looped, served
-from tests.serving.test_rest import Lengths
+from tests.serving.rest_client import Lengths
 from trilevel.client import AsyncClient, BusyError, CallError, Client, FailedError, LateError, RefusedError, Retry
 from trilevel.client.attempts import Answer, Ask, Lost, Sleep, conversation
 from trilevel.errors import ConfigError, InputError

@@ -11,8 +11,8 @@ import pytest
 from tests.artifact.installed import cached
 from tests.artifact.installed import run as run_command
 from tests.serving.fake_engine import FakeEngine
+from tests.serving.rest_client import Lengths
 from tests.serving.test_client import server_in_a_thread
-from tests.serving.test_rest import Lengths
 
 CHECKS = (
     "not_a_server_error",
