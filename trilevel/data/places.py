@@ -1,4 +1,4 @@
-"""Where data lies."""
+"""Where data lies, and what was made of it."""
 
 from __future__ import annotations
 
@@ -12,3 +12,10 @@ def data_path(given: str | Path) -> Path:
     if path.exists() or path.is_absolute() or not root or not (Path(root) / path).exists():
         return path
     return Path(root) / path
+
+
+def cache_dir() -> Path:
+    """Where made-again-able files lie: `TRILEVEL_CACHE`, else `~/.cache/trilevel`."""
+    root = Path(os.environ.get("TRILEVEL_CACHE") or Path.home() / ".cache" / "trilevel")
+    root.mkdir(parents=True, exist_ok=True)
+    return root

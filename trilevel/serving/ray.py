@@ -9,7 +9,6 @@ scaled by itself, by the requests that it answers at once. gRPC and the addresse
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import signal
@@ -39,6 +38,7 @@ from trilevel.serving.rest import RestApp
 from trilevel.serving.rest_exchange import ID_HEADER, Message, Receive, Send
 from trilevel.serving.server import LOOPBACK
 from trilevel.serving.tasks import TaskRoute
+from trilevel.serving.worker import named
 
 NAME = "trilevel"
 # the server's own log has a line for each request
@@ -188,7 +188,8 @@ class Ingress:
         keys = Keys() if config.keys is None else Keys.load(config.keys)
         self.front = Front(self.engine, keys=keys, timeout_s=config.timeout_s)
         self.methods = Methods(self.front)
-        self._tasks = _found(config.tasks)(self.engine, folders)
+        tasks: Tasks = named(config.tasks)
+        self._tasks = tasks(self.engine, folders)
 
     def __serve_build_asgi_app__(self) -> Callable[..., Any]:
         return _without_id(RestApp(self.front, self._tasks, console()))
@@ -253,9 +254,3 @@ def run(found: Sequence[Source], config: RayConfig, *, host: str, rest_port: int
     serve.delete(NAME)
     ray.shutdown()
     say(logging.INFO, "ended")
-
-
-def _found(path: str) -> Tasks:
-    module, _, name = path.partition(":")
-    tasks: Tasks = getattr(importlib.import_module(module), name)
-    return tasks

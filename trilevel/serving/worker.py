@@ -49,11 +49,10 @@ class Runner(Protocol):
 Opener = Callable[[Mapping[str, Any]], Runner]
 
 
-def find_opener(name: str) -> Opener:
-    """The function that `module:function` names; supervisors choose it, never a request."""
-    module, _, function = name.partition(":")
-    found: Opener = getattr(importlib.import_module(module), function)
-    return found
+def named(path: str) -> Any:
+    """What `module:name` names; supervisors choose it, never a request."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def serve(connection: socket.socket) -> None:
@@ -63,7 +62,8 @@ def serve(connection: socket.socket) -> None:
     fields = next(frames).fields
     _beat(connection, lock, float(fields["beat_s"]))
     try:
-        runner = find_opener(fields["opener"])(fields["options"])
+        opener: Opener = named(fields["opener"])
+        runner = opener(fields["options"])
     # whatever it is, the supervisor must hear of it
     except Exception as error:
         _send(connection, lock, encode({"failed": _said(error), "kind": type(error).__name__}))

@@ -22,7 +22,7 @@ from trilevel.applications.documents import export as exporting
 from trilevel.applications.documents.artifact import DocumentPredictor, export_documents, graph_inputs
 from trilevel.applications.documents.backbone import Backbone, StoredVectors, backbone_of, unit_vectors
 from trilevel.applications.documents.checkpoint import load_model, load_run, save_run, ship_run
-from trilevel.applications.documents.data import cache_dir, collate
+from trilevel.applications.documents.data import collate
 from trilevel.applications.documents.demo import run_demo
 from trilevel.applications.documents.encoded import Encoded, encode
 from trilevel.applications.documents.graph import ScoringGraph
@@ -40,6 +40,7 @@ from trilevel.conversion.delta import save_delta_of
 from trilevel.conversion.load import load_encoder
 from trilevel.conversion.source import Source, load_source
 from trilevel.data.documents import Document
+from trilevel.data.places import cache_dir
 from trilevel.errors import CheckpointError, ConfigError, InputError, MissingExtraError
 from trilevel.model.config import layer_levels
 

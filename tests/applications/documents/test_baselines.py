@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trilevel.applications.documents import baselines
-from trilevel.applications.documents.data import cache_dir
+from trilevel.data.places import cache_dir
 from trilevel.errors import MissingExtraError
 
 SENTENCES = [

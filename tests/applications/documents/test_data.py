@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from trilevel.applications.documents.data import DocumentBatches, cache_dir, collate, encode_corpus
+from trilevel.applications.documents.data import DocumentBatches, collate, encode_corpus
 from trilevel.applications.documents.encoded import Encoded, encode
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.applications.documents.units import split_units
 from trilevel.data.documents import Document
+from trilevel.data.places import cache_dir
 from trilevel.errors import InputError
 
 

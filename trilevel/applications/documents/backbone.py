@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trilevel.applications.documents.data import cache_dir
 from trilevel.applications.documents.encoded import MAX_TOKENS, Encoded
 from trilevel.applications.documents.tokenizer import PADDING_ID
 from trilevel.conversion.source import Source
+from trilevel.data.places import cache_dir
 from trilevel.errors import ConfigError, InputError
 from trilevel.model.config import from_mapping
 from trilevel.model.encoder import Encoder

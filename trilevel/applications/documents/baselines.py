@@ -12,9 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from trilevel.applications.documents.data import cache_dir
 from trilevel.applications.documents.units import words_of
 from trilevel.conversion.embedder import Embedder
+from trilevel.data.places import cache_dir
 from trilevel.errors import require
 
 # a ranking stored by another version is made anew

@@ -16,6 +16,7 @@ from trilevel.applications.documents.encoded import Encoded, encode, padded
 from trilevel.applications.documents.tokenizer import DocumentTokenizer
 from trilevel.applications.documents.units import UNITS_VERSION, split_units
 from trilevel.data.documents import Document
+from trilevel.data.places import cache_dir
 from trilevel.errors import InputError, require
 
 
@@ -44,13 +45,6 @@ def collate(documents: Sequence[Encoded]) -> DocumentBatch:
     """Pad documents to one batch."""
     arrays = padded(documents).items()
     return cast("DocumentBatch", {name: torch.from_numpy(array) for name, array in arrays})
-
-
-def cache_dir() -> Path:
-    """Where made-again-able files lie: `TRILEVEL_CACHE`, else `~/.cache/trilevel`."""
-    root = Path(os.environ.get("TRILEVEL_CACHE") or Path.home() / ".cache" / "trilevel")
-    root.mkdir(parents=True, exist_ok=True)
-    return root
 
 
 def encode_corpus(documents: Sequence[Document], tokenizer: DocumentTokenizer) -> list[Encoded]:

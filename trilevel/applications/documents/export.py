@@ -15,7 +15,7 @@ import trilevel
 from trilevel.applications.documents.artifact import INT8, graph_inputs
 from trilevel.applications.documents.builtin import builtin_document, builtin_pieces
 from trilevel.applications.documents.checkpoint import CHECKPOINT_FOLDER, ENCODER_FOLDER, MINILM, PRETRAINED, load_run
-from trilevel.applications.documents.data import DocumentBatch, cache_dir, collate
+from trilevel.applications.documents.data import DocumentBatch, collate
 from trilevel.applications.documents.encoded import Encoded, encode
 from trilevel.applications.documents.graph import ScoringGraph
 from trilevel.applications.documents.model import DocumentModel
@@ -26,6 +26,7 @@ from trilevel.artifact.export.artifact import Graph, export_artifact
 from trilevel.artifact.manifest import Artifact, read_artifact
 from trilevel.compression.quantize import QuantizeConfig, freeze, quantize
 from trilevel.data.documents import Document
+from trilevel.data.places import cache_dir
 from trilevel.errors import ArtifactError, InputError
 from trilevel.model.checkpoint import weights_sha256
 from trilevel.model.folder import CONFIG_FILE

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from trilevel.applications.documents.data import cache_dir
 from trilevel.conversion.converted import read_converted, save_converted
 from trilevel.conversion.delta import apply_delta, read_delta
 from trilevel.conversion.locate import PACKAGED
 from trilevel.conversion.source import Source, load_source
+from trilevel.data.places import cache_dir
 from trilevel.errors import CheckpointError, MissingExtraError
 from trilevel.model.folder import CONFIG_FILE, sha256_of
 

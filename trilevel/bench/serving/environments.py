@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trilevel.applications.documents.data import cache_dir
 from trilevel.bench.serving.trivial import CLASSES, FEATURES, INPUT, NAME, OUTPUT
+from trilevel.data.places import cache_dir
 from trilevel.errors import InputError
 
 SCRIPTS = Path(__file__).with_name("peers")
