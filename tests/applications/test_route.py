@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from trilevel.applications.artifacts import load
 from trilevel.applications.images.recipe import Schedule
 from trilevel.applications.route import Options, Routing, route
 from trilevel.applications.route_family import default_plan, make_family
-from trilevel.applications.route_outcomes import Machine
+from trilevel.applications.route_outcomes import Machine, open_statics
 from trilevel.artifact.audited import AuditedPredictor
-from trilevel.artifact.manifest import CERTIFICATE_FILE, read_artifact
+from trilevel.artifact.manifest import CERTIFICATE_FILE, read_artifact, write_artifact
 from trilevel.artifact.platform import isa_class
 from trilevel.artifact.routed import RoutedPredictor, read_certificate, read_router
 from trilevel.artifact.runtime.predictor import load_predictor
@@ -178,14 +179,17 @@ def test_the_bench_of_paths(folder: Path, routed: Routing) -> None:
     assert [row["noise"] for row in task["drift"]] == [0, 16, 32, 64]
 
 
-def test_certified_anew_on_another_runtime(folder: Path, routed: Routing) -> None:
+def test_certified_anew_on_another_runtime_beside_other_models(
+    folder: Path, routed: Routing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trilevel.applications.route_outcomes.has_bfloat16_products", lambda: True)
     shutil.copytree(folder / "artifact", folder / "other")
     write_images(folder / "fresh", 300, seed=11)
     done = CliRunner().invoke(
         app,
         [
             *("certify", str(folder / "other"), str(folder / "fresh"), "--runtime", "openvino", "--threads", "1"),
-            *("--max-loss", "0.05", "--json"),
+            *("--static", str(folder / "artifact.work" / "whole"), "--max-loss", "0.05", "--json"),
         ],
     )
     assert done.exit_code == 0, done.output
@@ -195,6 +199,25 @@ def test_certified_anew_on_another_runtime(folder: Path, routed: Routing) -> Non
     certificate = read_certificate(artifact, read_router(artifact))
     assert certificate is not None
     assert certificate.platform.runtime == "openvino"
+    rows = {row["name"]: row for row in report["rows"]}
+    assert {name for name, row in rows.items() if row["kind"] == "static"} == {"whole", "full path in bfloat16"}
+    # the run itself, as an artifact of its own
+    assert (rows["whole"]["loss"], rows["whole"]["is_proved"]) == (0.0, True)
+    assert rows["full path in bfloat16"]["loss"] <= 0.05
+    assert rows["whole"]["ms"]["1"] > 0
+    assert "full path in bfloat16" in (folder / "other" / "report.html").read_text()
+
+
+def test_models_that_cannot_be_compared(folder: Path, routed: Routing) -> None:
+    whole = folder / "artifact.work" / "whole"
+    other = read_artifact(whole)
+    labels = {**other.manifest.settings, "labels": list(reversed(LABELS))}
+    files = {name: partial(shutil.copyfile, other.file(name)) for name in other.hashes}
+    write_artifact(folder / "labels", replace(other.manifest, settings=labels), files)
+    with pytest.raises(InputError, match="labels has other labels than the model that is routed"):
+        open_statics(routed.artifact, MACHINE, [folder / "labels"])
+    with pytest.raises(InputError, match="two static models are named 'whole'"):
+        open_statics(routed.artifact, MACHINE, [whole, whole])
 
 
 def changed(predictor: RoutedPredictor, given: np.ndarray) -> float:

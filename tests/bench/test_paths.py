@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from tests.routing.samples import FAMILIES, MS, disagreement, make_outcomes
 from trilevel.bench.chain import chain_bars
 from trilevel.bench.drift import drift
-from trilevel.bench.paths import parse_tasks, validity
+from trilevel.bench.paths import _Task, parse_tasks, validity
 from trilevel.errors import InputError
 from trilevel.routing.decision import answers
 from trilevel.routing.outcomes import Outcomes
@@ -68,6 +70,31 @@ def test_noise_is_found_by_the_audit_where_answers_change() -> None:
     assert calm["alarmed"] <= 0.03
     assert noisy["alarmed"] >= 0.9
     assert noisy["full_path_accuracy"] == pytest.approx(float((outcomes.full_predictions == outcomes.labels).mean()))
+
+
+@pytest.mark.parametrize(
+    ("batch", "wanted"),
+    # of sizes that were not timed the largest stands in
+    [(1, ("small", 0.5)), (8, ("smaller", 0.25)), (32, ("smaller", 0.25))],
+)
+def test_the_static_frontier_has_other_models_that_were_proved(batch: int, wanted: tuple[str, float]) -> None:
+    def row(name: str, kind: str, ms: tuple[float, float], is_proved: bool) -> dict[str, Any]:
+        return {"name": name, "kind": kind, "ms": {"1": ms[0], "8": ms[1]}, "is_proved": is_proved}
+
+    rows = [
+        row("float32/1", "fixed", (10.0, 8.0), True),
+        row("int8/1", "fixed", (1.0, 1.0), True),
+        row("small", "static", (5.0, 4.0), True),
+        row("smaller", "static", (6.0, 2.0), True),
+        row("unproved", "static", (0.1, 0.1), False),
+    ]
+    predictor = SimpleNamespace(router=SimpleNamespace(full="float32/1"))
+    assert _Task._static(_with(rows, predictor), batch) == wanted
+    assert _Task._static(_with(rows[:2], predictor), batch) is None
+
+
+def _with(rows: list[dict[str, Any]], predictor: object) -> Any:
+    return SimpleNamespace(report={"rows": rows}, predictor=predictor)
 
 
 def test_bars_of_chains() -> None:

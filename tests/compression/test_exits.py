@@ -25,6 +25,7 @@ PLAN = """
 keep_ffn = 0.5
 [exits]
 segments = 2
+layer_dropout = 0.1
 [exits.train]
 steps = 60
 learning_rate = 3e-3
@@ -72,6 +73,8 @@ def test_what_has_no_exits() -> None:
         with_exits(nn.Linear(3, 5), ExitsConfig())
     with pytest.raises(ConfigError, match="segments=1 must be >= 2"):
         ExitsConfig(segments=1)
+    with pytest.raises(ConfigError, match=r"layer_dropout=1\.0 must be >= 0 and < 1"):
+        ExitsConfig(layer_dropout=1.0)
 
 
 def test_exits_are_trained(tmp_path: Path) -> None:

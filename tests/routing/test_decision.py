@@ -75,6 +75,55 @@ def test_too_few_samples_refuse_and_run_the_full_path() -> None:
     assert (choose(PARTS.test, found.router, found.setting).column == column).all()
 
 
+def test_other_models_are_shown_beside_and_change_nothing() -> None:
+    def other(outcomes: Outcomes, wrong: float) -> Outcomes:
+        """A model with one path that answers as the full path does but for a share."""
+        column = outcomes.full_predictions.copy()
+        column[: int(wrong * len(column))] += 1
+        full = [outcomes.column(FULL)]
+        return replace(
+            outcomes, paths=(FULL,), predictions=column[:, None] % 3, margins=outcomes.margins[:, full], grades=None
+        )
+
+    def with_others(outcomes: Outcomes, batch: int) -> Mapping[str, np.ndarray]:
+        return {**times(outcomes, batch), "good": np.full(len(outcomes), 4.0), "bad": np.full(len(outcomes), 0.1)}
+
+    statics = {
+        "good": (other(PARTS.prove, 0.0), other(PARTS.test, 0.005)),
+        "bad": (other(PARTS.prove, 0.05), other(PARTS.test, 0.05)),
+    }
+    alone = decide(PARTS, PROMISE, FAMILIES, FEATURES, times)
+    found = decide(PARTS, PROMISE, FAMILIES, FEATURES, with_others, statics=statics)
+    assert found.rows[: len(alone.rows)] == alone.rows
+    assert found.setting == alone.setting
+    good, bad = found.rows[len(alone.rows) :]
+    assert (good.name, good.kind, good.is_proved, good.ms, bad.is_proved) == ("good", "static", True, {1: 4.0}, False)
+    # harm alone: where the full path was right
+    assert 0.004 < good.loss <= 0.005
+    assert 0.04 < bad.loss <= 0.05
+    assert bad.shares["bad"] == 1.0
+
+
+def test_other_models_with_graded_answers() -> None:
+    grades = np.tile([0.3, 0.4, 0.45, 0.5], (2_000, 1))
+    columns = np.tile(np.arange(4), (2_000, 1))
+    outcomes = replace(make_outcomes(2_000), predictions=columns, grades=grades, labels=None)
+    theirs = replace(
+        outcomes,
+        paths=(FULL,),
+        predictions=columns[:, :1],
+        margins=outcomes.margins[:, :1],
+        grades=np.full((2_000, 1), 0.47),
+    )
+    found = outcomes.beside("small", theirs, is_class=False)
+    assert found.full == FULL
+    assert (found.predictions[:, -1] == 4).all()
+    lost = found.lost(found.predictions[:, -1:])
+    assert lost is not None
+    np.testing.assert_allclose(lost, 0.03)
+    assert outcomes.beside("small", replace(theirs, grades=None), is_class=False).grades is None
+
+
 def test_fixed_settings_send_all_one_way() -> None:
     router = decide(PARTS, PROMISE, FAMILIES, FEATURES, times).router
     order = fixed_settings(router, MS)

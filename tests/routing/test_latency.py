@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,33 @@ def test_measured_times_are_those_that_passed(is_whole: bool) -> None:
     np.testing.assert_allclose(found.through_ms["float32"], expected((13.0,)))
     np.testing.assert_allclose(found.path_ms("int8/2"), expected((2.0, 3.0))[1] + router)
     np.testing.assert_allclose(found.segment_ms("int8")[1], expected((3.0,))[0])
+
+
+def test_other_models_take_their_turn_and_are_no_paths() -> None:
+    clock = Clock()
+    others = {
+        "small": lambda arrays: clock.work("small", 2.0 * len(arrays["x"])),
+        "a/b": lambda _: clock.work("a/b", 7.0),
+    }
+    found = measure(
+        {"int8": TimedSteps("int8", (2.0, 3.0), clock)}, inputs, batches=BATCHES, lengths=LENGTHS, machine=MACHINE,
+        others=others, clock=clock, router=lambda _: clock.work("router", 1.0),
+    )  # fmt: skip
+    assert clock.worked[:5] == ["router", "int8.0", "int8.1", "small", "a/b"]
+    np.testing.assert_allclose(found.through_ms["int8"], expected((2.0, 3.0)))
+    assert set(found.through_ms) == {"int8"}
+    # without the router
+    np.testing.assert_allclose(found.path_ms("small"), 2.0 * np.array(BATCHES)[:, None] * np.ones((1, 2)))
+    assert found.ms("a/b", 2, 7) == pytest.approx(7.0)
+    again = LatencyTable.from_dict(json.loads(json.dumps(found.to_dict())))
+    np.testing.assert_array_equal(again.path_ms("small"), found.path_ms("small"))
+    # tables that were written before there were others
+    old = {name: value for name, value in found.to_dict().items() if name != "others_ms"}
+    assert not LatencyTable.from_dict(old).others_ms
+    with pytest.raises(InputError, match="others_ms must be objects"):
+        LatencyTable.from_dict(found.to_dict() | {"others_ms": []})
+    with pytest.raises(ConfigError, match="others_ms of small must be finite times > 0"):
+        replace(found, others_ms={"small": np.zeros((3, 2))})
 
 
 def test_a_batch_that_runs_in_pieces_is_measured_by_one_of_them() -> None:
@@ -232,7 +260,7 @@ def test_json_gives_an_equal_table_back() -> None:
     [
         ({"form": 2}, "no latency table of form 1"),
         ({"note": "x"}, r"keys \['note'\] are unknown or missing"),
-        ({"machine": None}, "machine and through_ms must be objects"),
+        ({"machine": None}, "machine, through_ms and others_ms must be objects"),
         ({"batches": [1, 3, 7.0]}, "an axis is .* not a list of whole numbers"),
         ({"batches": [1, 3, True]}, "not a list of whole numbers"),
         ({"lengths": [11, 5]}, r"lengths=\[11, 5\] must rise"),

@@ -14,10 +14,19 @@ from typing import Any
 
 from trilevel.applications.kinds import kind_of
 from trilevel.applications.route_family import Origin, Progress, Tell, make_family
-from trilevel.applications.route_outcomes import Machine, batches_of, collect, sample_ms, time_paths
+from trilevel.applications.route_outcomes import (
+    Machine,
+    Static,
+    batches_of,
+    collect,
+    open_statics,
+    sample_ms,
+    time_paths,
+)
 from trilevel.artifact.check import default_runtime
 from trilevel.artifact.manifest import (
     CERTIFICATE_FILE,
+    FULL_FAMILY,
     KNOWN_FILE,
     LATENCY_FILE,
     PAGE_FILE,
@@ -43,7 +52,7 @@ from trilevel.routing.certificate import Certificate, Platform, digest, share_of
 from trilevel.routing.decision import DYNAMIC, Decision, Parts, Promise, decide, most_changed
 from trilevel.routing.features import features_of
 from trilevel.routing.latency import LatencyTable
-from trilevel.routing.outcomes import split_groups
+from trilevel.routing.outcomes import Outcomes, split_groups
 from trilevel.routing.paths import Family
 from trilevel.routing.samples import Samples, beginnings, check_apart, without_known
 from trilevel.routing.targets import Target
@@ -75,6 +84,7 @@ class Options:
         limit: samples of each split, for a try.
         drop_known: leave out samples that the model was trained on, instead of refusing them.
         budget_s: of measuring times.
+        statics: artifacts of other models for the same task, which the report shows beside.
     """
 
     targets: tuple[Target, ...]
@@ -83,6 +93,7 @@ class Options:
     limit: int | None = None
     drop_known: bool = False
     budget_s: float = 60.0
+    statics: tuple[str | Path, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -148,9 +159,10 @@ def route(
         raise ConfigError(f"{source} is an artifact with one path. Name the run it was made of, to make others.")
     steps = machine.open(artifact)
     check_path_probes(artifact, steps)
+    statics = open_statics(artifact, machine, options.statics)
     known = _known(artifact, origin)
     split = _split(artifact, origin, data, options, known)
-    return _routed(artifact, split, out, options, machine, steps, folder, progress, known)
+    return _routed(artifact, split, out, options, machine, steps, statics, folder, progress, known)
 
 
 def _split(
@@ -204,6 +216,7 @@ def _routed(
     options: Options,
     machine: Machine,
     steps: Mapping[str, SegmentSteps],
+    statics: Mapping[str, Static],
     work: Path,
     progress: Progress,
     known: set[str],
@@ -215,6 +228,7 @@ def _routed(
         steps,
         work / "latency.json",
         batches=batches_of(artifact.manifest.task),
+        statics=statics,
         budget_s=options.budget_s,
         progress=progress,
     )
@@ -222,6 +236,14 @@ def _routed(
         name: collect(artifact, machine, samples, steps, work / f"{name}.npz", progress=progress, what=name)
         for name, samples in split.items()
     }
+
+    def said(name: str, one: Static, part: str) -> Outcomes:
+        kept = work / f"{name}.{part}.npz"
+        return collect(
+            one.artifact, one.machine, split[part], {FULL_FAMILY: one.steps}, kept, progress=progress, what=name
+        )
+
+    beside = {name: (said(name, one, "prove"), said(name, one, "test")) for name, one in statics.items()}
     full = artifact.manifest.full_path
     tries = _tries(work, artifact, split["prove"], options, machine)
     delta = (1 - options.confidence) * share_of_delta(tries)
@@ -237,6 +259,7 @@ def _routed(
         features_of(artifact.manifest.task)[0],
         partial(sample_ms, table),
         batches=table.batches,
+        statics=beside,
     )
     changed = most_changed(found["prove"], decision, 1 - options.confidence)
     certificate = _certificate(artifact, decision, changed, options, machine, steps, split["prove"], tries)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trilevel.artifact.manifest import FULL_FAMILY, Artifact
-from trilevel.artifact.platform import isa_class
+from trilevel.artifact.check import precisions
+from trilevel.artifact.manifest import FULL_FAMILY, TOKENIZER_FILE, Artifact, read_artifact
+from trilevel.artifact.platform import has_bfloat16_products, isa_class
+from trilevel.artifact.probe import Arrays
 from trilevel.artifact.routed import model_hash
 from trilevel.artifact.runtime.predictor import Precision, Runtime
 from trilevel.artifact.runtime.steps import SegmentSteps
 from trilevel.compression.written import read_json, write_json
+from trilevel.errors import InputError
 from trilevel.report.machine import machine_block
 from trilevel.routing.executor import BatchRun, execute
 from trilevel.routing.features import features_of
@@ -62,6 +65,62 @@ class Machine:
             "threads": self.threads,
             "precision": self.precision,
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Static:
+    """Another model for all samples, which paths are compared with: its artifact as one graph, and what runs it."""
+
+    artifact: Artifact
+    machine: Machine
+    steps: SegmentSteps
+
+    def run(self, arrays: Arrays) -> None:
+        """For times."""
+        self.steps.run(0, arrays)
+
+
+def open_statics(artifact: Artifact, machine: Machine, folders: Sequence[str | Path]) -> dict[str, Static]:
+    """Other models by name: those of artifacts; the full path in bfloat16 where runtime and processor compute in it.
+
+    Raises:
+        ArtifactError: a folder is none.
+        InputError: its model reads or answers something else, or two have one name.
+    """
+    found: dict[str, Static] = {}
+    ours = _interface(artifact)
+    for folder in folders:
+        other = read_artifact(folder)
+        theirs = _interface(other)
+        name = Path(folder).resolve().name
+        if name in found:
+            raise InputError(f"two static models are named {name!r}. Rename a folder: it is the name in the report.")
+        wrong = [what for what in ours if theirs[what] != ours[what]]
+        if wrong:
+            raise InputError(
+                f"{folder} has other {', '.join(wrong)} than the model that is routed, so the two cannot be compared."
+            )
+        found[name] = _static(other, machine)
+    if "bfloat16" in precisions(machine.runtime) and machine.precision == "float32" and has_bfloat16_products():
+        found["full path in bfloat16"] = _static(artifact, replace(machine, precision="bfloat16"))
+    return found
+
+
+def _static(artifact: Artifact, machine: Machine) -> Static:
+    whole = replace(artifact, manifest=replace(artifact.manifest, families={}))
+    return Static(artifact=whole, machine=machine, steps=machine.open(whole)[FULL_FAMILY])
+
+
+def _interface(artifact: Artifact) -> dict[str, Any]:
+    """What two models must share to be compared on the same rows."""
+    manifest = artifact.manifest
+    return {
+        "task": manifest.task,
+        "inputs": dict(manifest.inputs),
+        "outputs": dict(manifest.outputs),
+        "labels": manifest.settings.get("labels"),
+        "tokenizer": artifact.hashes.get(TOKENIZER_FILE),
+    }
 
 
 def collect(
@@ -139,11 +198,13 @@ def time_paths(
     kept: Path,
     *,
     batches: Sequence[int],
+    statics: Mapping[str, Static] | None = None,
     budget_s: float = 60.0,
     progress: Progress,
 ) -> LatencyTable:
     """Milliseconds of every segment at usual batches and lengths, from a file if measured before on this machine."""
-    key = machine.key(artifact, steps) | {"batches": list(batches), "samples": samples.sha256}
+    others = {name: one.machine.key(one.artifact, {name: one.steps}) for name, one in (statics or {}).items()}
+    key = machine.key(artifact, steps) | {"batches": list(batches), "samples": samples.sha256, "statics": others}
     before = read_json(kept)
     if before.get("key") == key:
         return LatencyTable.from_dict(before["table"])
@@ -156,6 +217,7 @@ def time_paths(
         lengths=[int(length) for length in lengths],
         machine=machine_block(),
         router=features,
+        others={name: one.run for name, one in (statics or {}).items()},
         budget_s=budget_s,
         progress=progress,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,14 @@ import torch
 
 from trilevel.bench import compression_applications as applications
 from trilevel.bench.compression_encoders import Call, Contender, Encoders, contenders, quiet
-from trilevel.bench.compression_memory import DENSE_OPENVINO, DENSE_TORCH, MATERIALISED, MEASURED, OURS
+from trilevel.bench.compression_memory import (
+    DENSE_OPENVINO,
+    DENSE_OURS,
+    DENSE_TORCH,
+    MATERIALISED,
+    MEASURED,
+    OURS,
+)
 from trilevel.bench.compression_peak import share_of_peak
 from trilevel.bench.encoders import document_ids
 from trilevel.bench.encoders_contenders import Models
@@ -200,21 +208,27 @@ def _add_memory(tokens: int, work: Path, rows: list[dict[str, Any]], tell: Calla
 
 
 def bars(rows: list[dict[str, Any]], settings: dict[str, Any]) -> list[Bar]:
-    """The bars of issue 5 on the encoder."""
+    """The bars of issue 5 on the encoder, at 8,192 tokens.
+
+    Ours is in the runtime that is faster, and so is dense INT8: by NNCF, or by us where NNCF's answers are wrong.
+    """
     ms = {(row["contender"], row["tokens"]): row.get("median_ms") for row in rows}
     memory = {row["contender"]: row.get("peak_process_bytes") for row in rows if row["tokens"] == LONG}
 
     def ratio(one: float | None, other: float | None) -> float | None:
         return one / other if one and other else None
 
-    ours = ms.get((OURS, LONG))
+    def fastest(names: Iterable[str]) -> str:
+        return min(names, key=lambda name: ms.get((name, LONG)) or math.inf)
+
+    name = fastest(OURS)
+    ours, held = ms.get((name, LONG)), memory.get(name)
+    dense_int8 = ms.get((fastest([DENSE_OPENVINO, DENSE_OURS]), LONG))
     return [
         Bar(name="speed_8k_vs_torch_fp32", value=ratio(ms.get((DENSE_TORCH, LONG)), ours), op=">=", bar=30),
-        Bar(name="speed_8k_vs_openvino_int8", value=ratio(ms.get((DENSE_OPENVINO, LONG)), ours), op=">=", bar=15),
-        Bar(name="memory_8k_vs_sdpa", value=ratio(memory.get(OURS), memory.get(DENSE_TORCH)), op="<=", bar=0.5),
-        Bar(
-            name="memory_8k_vs_materialised", value=ratio(memory.get(OURS), memory.get(MATERIALISED)), op="<=", bar=0.1
-        ),
+        Bar(name="speed_8k_vs_openvino_int8", value=ratio(dense_int8, ours), op=">=", bar=15),
+        Bar(name="memory_8k_vs_sdpa", value=ratio(held, memory.get(DENSE_TORCH)), op="<=", bar=0.5),
+        Bar(name="memory_8k_vs_materialised", value=ratio(held, memory.get(MATERIALISED)), op="<=", bar=0.1),
         Bar(name="int8_share_of_peak", value=settings["int8_share_of_peak"]["share"], op=">=", bar=0.35),
     ]
 

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trilevel.artifact.runtime.predictor import Runtime
 
 DENSE_TORCH = "dense, torch float32"
 DENSE_OPENVINO = "dense, OpenVINO INT8 by NNCF"
+DENSE_OURS = "trilevel dense INT8, OpenVINO"
 MATERIALISED = "dense, attention materialised"
-OURS = "trilevel INT8, OpenVINO"
+OURS_OPENVINO, OURS_ONNXRUNTIME = "trilevel INT8, OpenVINO", "trilevel INT8, ONNX Runtime"
+OURS: dict[str, Runtime] = {OURS_OPENVINO: "openvino", OURS_ONNXRUNTIME: "onnxruntime"}
 NNCF_FILE = "dense-nncf.xml"
 ARTIFACT = "converted-int8"
-MEASURED = (DENSE_TORCH, MATERIALISED, DENSE_OPENVINO, OURS)
+MEASURED = (DENSE_TORCH, MATERIALISED, DENSE_OPENVINO, *OURS)
 
 
 def one_call(name: str, work: str, tokens: int, threads: int) -> Callable[[], object]:
@@ -29,11 +35,11 @@ def one_call(name: str, work: str, tokens: int, threads: int) -> Callable[[], ob
     import numpy as np
 
     ids = np.random.default_rng(0).integers(1_000, 30_000, (1, tokens))
-    if name == OURS:
+    if name in OURS:
         from trilevel.artifact.manifest import read_artifact
         from trilevel.artifact.runtime.predictor import load_predictor
 
-        predictor = load_predictor(read_artifact(Path(work) / ARTIFACT), "openvino", threads=threads)
+        predictor = load_predictor(read_artifact(Path(work) / ARTIFACT), OURS[name], threads=threads)
         return lambda: predictor.run({"input_ids": ids})
     if name == DENSE_OPENVINO:
         from trilevel.artifact.runtime.openvino import openvino_core

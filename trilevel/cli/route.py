@@ -30,6 +30,14 @@ _Seed = Annotated[int, typer.Option(min=0, help="Of the split and of training.")
 _DropKnown = Annotated[
     bool, typer.Option(help="Leave out samples that the model was trained on; else they are refused.")
 ]
+_Statics = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--static",
+        metavar="ARTIFACT",
+        help="Another model for the task, INT8 or distilled, that the report shows beside; may be repeated.",
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print the report alone, as the last line.")]
 
 
@@ -53,6 +61,7 @@ def route(
     limit: _Limit = None,
     seed: _Seed = 0,
     drop_known: _DropKnown = False,
+    static: _Statics = None,
     as_json: _Json = False,
 ) -> None:
     """Give each input the cheapest path that is proved safe: exits behind segments, INT8, the full model where needed.
@@ -64,7 +73,7 @@ def route(
     from trilevel.cli.bench import progress_bar
     from trilevel.compression.plan import read_plan
 
-    options = _options(source, max_loss, confidence, target, limit, seed, drop_known)
+    options = _options(source, max_loss, confidence, target, limit, seed, drop_known, static)
     with progress_bar() as progress:
         made = run(
             source,
@@ -89,13 +98,14 @@ def certify(
     threads: _Threads = None,
     limit: _Limit = None,
     seed: _Seed = 0,
+    static: _Statics = None,
     as_json: _Json = False,
 ) -> None:
     """Prove an artifact's paths on other data, another runtime or another machine."""
     from trilevel.applications.route import route as run
     from trilevel.cli.bench import progress_bar
 
-    options = _options(artifact, max_loss, confidence, target, limit, seed, drop_known=False)
+    options = _options(artifact, max_loss, confidence, target, limit, seed, drop_known=False, static=static)
     with progress_bar() as progress:
         made = run(artifact, data, artifact, options, machine=_machine(runtime, threads), progress=progress)
     _show(made, as_json)
@@ -132,12 +142,20 @@ def _options(
     limit: int | None,
     seed: int,
     drop_known: bool,
+    static: list[Path] | None,
 ) -> Options:
     from trilevel.applications.route import Options, default_target
     from trilevel.routing.targets import parse_target
 
     targets = tuple(map(parse_target, target)) if target else (default_target(source, max_loss),)
-    return Options(targets=targets, confidence=confidence, limit=limit, seed=seed, drop_known=drop_known)
+    return Options(
+        targets=targets,
+        confidence=confidence,
+        limit=limit,
+        seed=seed,
+        drop_known=drop_known,
+        statics=tuple(static or ()),
+    )
 
 
 def _machine(runtime: RuntimeName | None, threads: int | None) -> Machine:

@@ -20,11 +20,14 @@ class ExitsConfig:
         segments: how many segments, as even as can be, with a head behind each; the last has the model's own.
         after: the blocks behind which segments end instead, the last one left out.
         focus: of documents: the share of the tokens that go on behind the first segment.
+        layer_dropout: chance of leaving out the last block for a row in training, with less for those before it; see
+            `trilevel.training.dropout.layer_dropout`. Decision 0026 says why it is 0.
     """
 
     segments: int = 3
     after: tuple[int, ...] | None = None
     focus: float | None = None
+    layer_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -32,6 +35,8 @@ class ExitsConfig:
             raise ConfigError(f"ExitsConfig: segments={self.segments} must be >= 2; a model without exits is one.")
         if self.focus is not None and not 0 < self.focus < 1:
             raise ConfigError(f"ExitsConfig: focus={self.focus} must lie between 0 and 1, a share of the tokens.")
+        if not 0 <= self.layer_dropout < 1:
+            raise ConfigError(f"ExitsConfig: layer_dropout={self.layer_dropout} must be >= 0 and < 1, a chance.")
 
     def places(self, num_layers: int) -> tuple[int, ...]:
         """The blocks behind which segments end, of so many, without the last."""

@@ -6,7 +6,7 @@ import copy
 import math
 import shutil
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from trilevel.compression.sensitivity import LayerLoss, choose_skips, sensitivit
 from trilevel.compression.task import CompressionTask
 from trilevel.compression.written import read_json, write_json
 from trilevel.errors import TrilevelError
-from trilevel.training.dropout import without_dropout
+from trilevel.training.dropout import layer_dropout, without_dropout
 from trilevel.training.loop import fit
 
 TRAINING, LOG, SCAN = "training", "log.csv", "scan.json"
@@ -157,7 +157,12 @@ def _trained(course: Course, stage: Stage, made: nn.Module, folder: Path) -> dic
     # dropout undid what training with rounding learned on MiniLM, and a teacher's output has no noise
     is_quiet = losses is not None or stage.name == "quantize"
     course.progress(f"{stage.name}: training", 0.0)
-    with without_dropout(made) if is_quiet else nullcontext():
+    with ExitStack() as stack:
+        if is_quiet:
+            stack.enter_context(without_dropout(made))
+        if isinstance(stage.config, ExitsConfig):
+            encoder: Any = made.encoder
+            stack.enter_context(layer_dropout(encoder.stack.blocks, stage.config.layer_dropout))
         result = fit(
             made,
             task.batches,

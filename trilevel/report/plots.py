@@ -67,11 +67,12 @@ def bars(contenders: Sequence[Contender], measure: str) -> str:
 def time_and_loss(rows: Sequence[Mapping[str, Any]]) -> str:
     """Ways to run a model: milliseconds of the first batch size across, loss upwards, proved ones filled.
 
-    A name that would cover another is left out; the way of ours, fixed paths and the oracle come before their rivals.
+    A name that would cover another is left out; the way of ours, fixed paths and the oracle come before
+    other models and rivals.
     """
     figure, axes = _figure(6.4, 3.6)
     kinds = {"dynamic": COLOURS["local"], "fixed": "#8a93a3", "oracle": COLOURS["regional"]}
-    first = [*kinds, "random", "rival"]
+    first = [*kinds, "static", "random", "rival"]
     ranked = sorted(rows, key=lambda row: first.index(row["kind"]))
     for row in reversed(ranked):
         colour = kinds.get(row["kind"], COLOURS["global"])

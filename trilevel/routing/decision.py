@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ class Row:
 
     Attributes:
         name: of the way.
-        kind: `fixed`, `dynamic`, `random`, `oracle` or `rival`.
+        kind: `fixed`, `dynamic`, `static` for another model, `random`, `oracle` or `rival`.
         ms: mean milliseconds of a sample, by batch size.
         loss: mean loss of the first target, on the scale of its bound.
         is_proved: whether the targets were proved for it; None for what no setting leads to.
@@ -123,6 +123,7 @@ def decide(
     times: Times,
     *,
     batches: Sequence[int] = (1,),
+    statics: Mapping[str, tuple[Outcomes, Outcomes]] | None = None,
 ) -> Decision:
     """Choose between paths of their own for every sample, and one path for all.
 
@@ -135,6 +136,8 @@ def decide(
         features: names of the outcomes' features.
         times: see `Times`.
         batches: sizes that the report shows; the first decides.
+        statics: other models by name, which the report shows beside: what their full paths say of the samples that
+            prove, and of those that report. `times` knows their names too.
 
     Raises:
         InputError: the data lacks what a target needs.
@@ -160,7 +163,7 @@ def decide(
         kind=kind,
         certified=certified,
         refusal=refusal,
-        rows=tuple(report.rows(dynamic, fixed, ms)),
+        rows=(*report.rows(dynamic, fixed, ms), *(report.static(name, *own) for name, own in (statics or {}).items())),
     )
 
 
@@ -234,6 +237,15 @@ class _Report:
             self._of_columns("oracle", "oracle", rivals.oracle(losses, matrix), None),
         ]
         return found + [self._rival(name, guess, ms) for name, guess in self._guesses().items()]
+
+    def static(self, name: str, prove: Outcomes, test: Outcomes) -> Row:
+        """Another model for all samples."""
+        is_class = bool(self.promise.labels)
+        proving = self.parts.prove.beside(name, prove, is_class=is_class)
+        parts = replace(self.parts, prove=proving, test=self.parts.test.beside(name, test, is_class=is_class))
+        beside, column = replace(self, parts=parts), proving.column(name)
+        is_proved = beside._is_proved(proving.predictions[:, [column]])
+        return beside._of_columns(name, "static", np.full(len(parts.test), column), is_proved)
 
     def _guesses(self) -> dict[str, Callable[[Outcomes], Floats]]:
         """Harm of each path, by what is known before anything runs."""

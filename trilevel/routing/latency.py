@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ Floats = npt.NDArray[np.float64]
 Progress = Callable[[str, float], None]
 """Told what is measured and which fraction of it is done."""
 _KEYS = {"form", "machine", "batches", "lengths", "router_ms", "through_ms"}
+_OTHERS = "others_ms"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -37,6 +39,7 @@ class LatencyTable:
         lengths: likewise.
         router_ms: (batches, lengths), of the router before the first segment; zeros where there is none.
         through_ms: by family (segments, batches, lengths), from the start through each segment.
+        others_ms: by name (batches, lengths), of other models that paths are compared with.
 
     Raises:
         ConfigError: an axis does not rise from 1 or more, there is no family, a name is no family's, or times have
@@ -48,6 +51,7 @@ class LatencyTable:
     lengths: tuple[int, ...]
     router_ms: Floats
     through_ms: Mapping[str, Floats]
+    others_ms: Mapping[str, Floats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check axes, names and times."""
@@ -61,9 +65,17 @@ class LatencyTable:
             Family.parse(name)
             num_segments = len(times) if times.ndim else 0
             _check_times(f"through_ms of {name}", times, (max(1, num_segments), *cells), may_be_zero=False)
+        for name, times in self.others_ms.items():
+            _check_times(f"others_ms of {name}", times, cells, may_be_zero=False)
 
     def path_ms(self, name: str) -> Floats:
-        """Milliseconds of a path (batches, lengths), with the router; raises ConfigError for one not measured."""
+        """Milliseconds of a path (batches, lengths), with the router, or of another model, without it.
+
+        Raises:
+            ConfigError: it was not measured.
+        """
+        if name in self.others_ms:
+            return self.others_ms[name]
         path = Path.parse(name)
         through = self.through_ms.get(path.family.name, ())
         if path.segments > len(through):
@@ -161,6 +173,7 @@ class LatencyTable:
             "lengths": list(self.lengths),
             "router_ms": self.router_ms.tolist(),
             "through_ms": {name: times.tolist() for name, times in self.through_ms.items()},
+            _OTHERS: {name: times.tolist() for name, times in self.others_ms.items()},
         }
 
     @classmethod
@@ -172,12 +185,12 @@ class LatencyTable:
         """
         if not isinstance(document, dict) or document.get("form") != FORM:
             raise InputError(f"this is no latency table of form {FORM}. Measure it again.")
-        if set(document) != _KEYS:
-            wrong = sorted(set(document) ^ _KEYS)
+        wrong = sorted((set(document) - {_OTHERS}) ^ _KEYS)
+        if wrong:
             raise InputError(f"latency table: keys {wrong} are unknown or missing. Measure it again.")
-        machine, through = document["machine"], document["through_ms"]
-        if not isinstance(machine, dict) or not isinstance(through, dict):
-            raise InputError("latency table: machine and through_ms must be objects. Measure it again.")
+        machine, through, others = document["machine"], document["through_ms"], document.get(_OTHERS, {})
+        if not all(isinstance(one, dict) for one in (machine, through, others)):
+            raise InputError(f"latency table: machine, through_ms and {_OTHERS} must be objects. Measure it again.")
         try:
             return cls(
                 machine=machine,
@@ -185,6 +198,7 @@ class LatencyTable:
                 lengths=_axis(document["lengths"]),
                 router_ms=_times(document["router_ms"]),
                 through_ms={name: _times(times) for name, times in through.items()},
+                others_ms={name: _times(times) for name, times in others.items()},
             )
         except (TypeError, ValueError) as error:
             raise InputError(f"latency table: {error} Measure it again.") from error
@@ -236,6 +250,7 @@ def measure(
     lengths: Sequence[int],
     machine: Mapping[str, Any],
     router: Callable[[Arrays], object] | None = None,
+    others: Mapping[str, Callable[[Arrays], object]] | None = None,
     is_whole: bool = False,
     budget_s: float = 60.0,
     warm_up: int = 1,
@@ -256,6 +271,7 @@ def measure(
         lengths: to measure, rising.
         machine: the machine block, which the table keeps.
         router: what runs before segment 0, on its inputs.
+        others: other models on the same inputs, by name.
         is_whole: time each path by itself, from the first segment to its last, for `LatencyTable.error`; else all
             depths of a family in one pass.
         budget_s: no round begins after so many seconds, once there are `min_rounds`.
@@ -280,9 +296,10 @@ def measure(
     # a batch that runs in pieces takes as long as its pieces, so one of them is measured
     cells = [(min(batch, rows_at_once(length)), length) for batch in batches for length in lengths]
     points = {(batch, length): inputs(batch, length) for batch, length in dict.fromkeys(cells)}
+    point = partial(_point, steps, router, list((others or {}).values()), is_whole, clock)
     for _ in range(warm_up):
         for arrays in points.values():
-            _point(steps, router, arrays, is_whole, clock)
+            point(arrays)
     start = clock()
     rounds: list[list[list[float]]] = []
     while len(rounds) < min_rounds or (len(rounds) < max_rounds and clock() - start < budget_s):
@@ -292,39 +309,44 @@ def measure(
                 done = len(rounds) - 1 + len(rounds[-1]) / len(points)
                 spent = (clock() - start) / budget_s if budget_s > 0 else 1.0
                 progress(f"batch {batch}, length {length}", max(done / max_rounds, min(spent, done / min_rounds, 1.0)))
-            rounds[-1].append(_point(steps, router, arrays, is_whole, clock))
-    # first the router, then the segments of all families
+            rounds[-1].append(point(arrays))
+    # first the router, then the segments of all families, then others
     found = dict(zip(points, 1e3 * np.median(rounds, axis=0), strict=True))
     ms = np.array([found[cell] for cell in cells]).T.reshape(-1, len(batches), len(lengths))
     ms *= np.array(batches)[:, None] / np.array([batch for batch, _ in cells]).reshape(len(batches), len(lengths))
-    ends = np.cumsum([own.num_segments for own in steps.values()])
+    *segments, rest = np.split(ms[1:], np.cumsum([own.num_segments for own in steps.values()]))
     return LatencyTable(
         machine=machine,
         batches=tuple(batches),
         lengths=tuple(lengths),
         router_ms=ms[0],
-        through_ms=dict(zip(steps, np.split(ms[1:], ends[:-1]), strict=True)),
+        through_ms=dict(zip(steps, segments, strict=True)),
+        others_ms=dict(zip(others or {}, rest, strict=True)),
     )
 
 
 def _point(
     steps: Mapping[str, Steps],
     router: Callable[[Arrays], object] | None,
-    arrays: Arrays,
+    others: Sequence[Callable[[Arrays], object]],
     is_whole: bool,
     clock: Callable[[], float],
+    arrays: Arrays,
 ) -> list[float]:
-    """Seconds of the router, then through each segment of each family."""
-    start = clock()
-    if router is not None:
-        router(arrays)
-    seconds = [clock() - start if router is not None else 0.0]
+    """Seconds of the router, then through each segment of each family, then of others."""
+    seconds = [0.0 if router is None else _seconds(router, arrays, clock)]
     for own in steps.values():
         if is_whole:
             seconds += [_through(own, arrays, depth, clock)[-1] for depth in range(1, own.num_segments + 1)]
         else:
             seconds += _through(own, arrays, own.num_segments, clock)
-    return seconds
+    return seconds + [_seconds(other, arrays, clock) for other in others]
+
+
+def _seconds(run: Callable[[Arrays], object], arrays: Arrays, clock: Callable[[], float]) -> float:
+    start = clock()
+    run(arrays)
+    return clock() - start
 
 
 def _through(steps: Steps, arrays: Arrays, depth: int, clock: Callable[[], float]) -> list[float]:

@@ -93,6 +93,27 @@ class Outcomes:
         rows = np.arange(len(self)).reshape(-1, *[1] * (answers.ndim - 1))
         return np.asarray(self.grades[rows, self.full_predictions.reshape(rows.shape)] - self.grades[rows, answers])
 
+    def beside(self, name: str, other: Outcomes, *, is_class: bool) -> Outcomes:
+        """These with a last column of this name: what another model's full path says of the same samples.
+
+        Args:
+            name: of the other model.
+            other: its outcomes.
+            is_class: whether answers are classes. Where not, it is unknown whether the other model's is that of a path
+                here, and counts as another.
+        """
+        theirs = [other.column(other.full)]
+        own = other.predictions[:, theirs] if is_class else np.full((len(self), 1), len(self.paths))
+        return replace(
+            self,
+            paths=(*self.paths, name),
+            predictions=np.concatenate([self.predictions, own], axis=1),
+            margins=np.concatenate([self.margins, other.margins[:, theirs]], axis=1),
+            grades=None
+            if self.grades is None or other.grades is None
+            else np.concatenate([self.grades, other.grades[:, theirs]], axis=1),
+        )
+
     def save(self, path: Path) -> None:
         """Write one .npz without pickles, whole or not at all."""
         buffer = io.BytesIO()

@@ -170,6 +170,9 @@ def test_plans_of_classifiers(folder: Path) -> None:
     trained = dataclasses.replace(PLAN.stages[1], recovery=Recovery(steps=5))
     with pytest.raises(ConfigError, match=r"\[quantize\] without \[quantize.train\]: its encoder stays as"):
         routed_as(folder, "no", "drop:0.2", plan=dataclasses.replace(PLAN, stages=(PLAN.stages[0], trained)))
+    dropped = dataclasses.replace(PLAN.stages[0], config=ExitsConfig(after=(1,), layer_dropout=0.1))
+    with pytest.raises(ConfigError, match=r"layer_dropout=0\.1 is of classifiers"):
+        routed_as(folder, "no", "drop:0.2", plan=dataclasses.replace(PLAN, stages=(dropped,)))
     with pytest.raises(InputError, match="no document of the split 'train'"):
         route(
             folder / "run",

@@ -194,6 +194,10 @@ def _parts(plan: CompressionPlan) -> tuple[ExitsConfig, Recovery, QuantizeConfig
             "[exits], and for INT8 [quantize] without [quantize.train]: its encoder stays as it is."
         )
     assert isinstance(exits.config, ExitsConfig)
+    if exits.config.layer_dropout:
+        raise ConfigError(
+            f"layer_dropout={exits.config.layer_dropout} is of classifiers, whose blocks are trained; leave it out."
+        )
     if rounding is None:
         return exits.config, exits.recovery, None
     assert isinstance(rounding.config, QuantizeConfig)
