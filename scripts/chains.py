@@ -1,6 +1,7 @@
 """Make again what `trilevel bench compression` measures of the applications: levels, pruning, INT8, with three seeds.
 
     TRILEVEL_DATA=... python -m scripts.chains [images] [documents] [--seeds 0 1 2]
+    TRILEVEL_DATA=... python -m scripts.chains cifar --seeds 0
 
 Stopped, the same command goes on. What `chains.json` in `--out` lists, with the seconds that each stage took, is kept:
 delete its line to make a stage again. Documents begin with the shipped model, images with a dense teacher.
@@ -24,24 +25,33 @@ from trilevel.compression.written import write_json
 
 ROOT = Path(__file__).parents[1]
 TIMES = "chains.json"
-FASHION, TECH = "images/fashion_mnist.npz", "docs/tech.jsonl.xz"
+FASHION, CIFAR, TECH = "images/fashion_mnist.npz", "images/cifar10_jpeg.npz", "docs/tech.jsonl.xz"
 Stage = tuple[str, Callable[[], None]]
 
 
-def images(out: Path, work: Path, seeds: Sequence[int]) -> Iterator[Stage]:
-    """Name of each stage and what does it."""
-    dense = out / "images/dense"
-    train = partial(command, "train", "images", FASHION, "--recipe")
-    trained = work / "images-dense"
-    yield "images/dense", partial(train, recipe("images-fashion"), "--dense", "--out", trained)
-    yield "images/dense, kept", partial(keep, trained, dense)
+def images(
+    out: Path,
+    work: Path,
+    seeds: Sequence[int],
+    *,
+    name: str = "images",
+    data: str = FASHION,
+    which: str = "fashion",
+    options: Sequence[str] = (),
+) -> Iterator[Stage]:
+    """Name of each stage and what does it; `options` are of the teacher's training."""
+    dense = out / name / "dense"
+    train = partial(command, "train", "images", data, "--recipe")
+    trained = work / f"{name}-dense"
+    yield f"{name}/dense", partial(train, recipe(f"images-{which}"), "--dense", "--out", trained, *options)
+    yield f"{name}/dense, kept", partial(keep, trained, dense, data)
     for seed in seeds:
-        levels, small = (work / f"images-{what}-{seed}" for what in ("levels", "small"))
+        levels, small = (work / f"{name}-{what}-{seed}" for what in ("levels", "small"))
         taught = ("--teacher", dense, "--seed", seed)
-        yield f"images/levels-{seed}", partial(train, recipe("images-fashion-levels"), "--out", levels, *taught)
+        yield f"{name}/levels-{seed}", partial(train, recipe(f"images-{which}-levels"), "--out", levels, *taught)
         plan = ("--plan", recipe("compress-images"))
-        yield f"images/small-{seed}", partial(command, "compress", levels, small, *plan, *taught)
-        yield f"images/seed-{seed}", partial(command, "export", small, out / f"images/seed-{seed}")
+        yield f"{name}/small-{seed}", partial(command, "compress", levels, small, *plan, *taught)
+        yield f"{name}/seed-{seed}", partial(command, "export", small, out / name / f"seed-{seed}")
 
 
 def documents(out: Path, work: Path, seeds: Sequence[int]) -> Iterator[Stage]:
@@ -53,7 +63,12 @@ def documents(out: Path, work: Path, seeds: Sequence[int]) -> Iterator[Stage]:
         yield f"documents/seed-{seed}", partial(command, "export", small, out / f"documents/seed-{seed}")
 
 
-CHAINS = {"images": images, "documents": documents}
+CHAINS = {
+    "images": images,
+    "documents": documents,
+    # three quarters of an hour without bfloat16
+    "cifar": partial(images, name="cifar", data=CIFAR, which="cifar", options=("--epochs", "2")),
+}
 
 
 def recipe(name: str) -> Path:
@@ -70,16 +85,16 @@ def command(*words: str | Path | int) -> None:
         sys.exit(found.returncode)
 
 
-def keep(run: Path, out: Path) -> None:
+def keep(run: Path, out: Path, data: str) -> None:
     """Copy a run of images without the state of its training and without paths of this machine."""
     loaded = load_run(run)
-    save_run(dataclasses.replace(loaded, folder=out, origin=dataclasses.replace(loaded.origin, path=FASHION)))
+    save_run(dataclasses.replace(loaded, folder=out, origin=dataclasses.replace(loaded.origin, path=data)))
 
 
 def main() -> int:
     """Run the stages that are not done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chains", nargs="*", help=f"of {', '.join(CHAINS)}; default: all")
+    parser.add_argument("chains", nargs="*", help=f"of {', '.join(CHAINS)}; default: images, documents")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/models")
     parser.add_argument("--work", type=Path, default=ROOT / "out/chains")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -88,7 +103,7 @@ def main() -> int:
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(CHAINS)}")
     file = given.out / TIMES
     seconds = json.loads(file.read_text()) if file.exists() else {}
-    for chain in given.chains or CHAINS:
+    for chain in given.chains or ("images", "documents"):
         for name, stage in CHAINS[chain](given.out, given.work, given.seeds):
             if name not in seconds:
                 start = time.monotonic()

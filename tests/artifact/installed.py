@@ -38,6 +38,16 @@ def run(*command: str, folder: Path | None = None) -> None:
         raise OSError(f"{command[0]} said {last}")
 
 
+def environment(name: str, *packages: str) -> Path:
+    """The interpreter of an environment with packages and all that they need, made once; else the test is skipped."""
+
+    def make(target: Path) -> None:
+        run(sys.executable, "-m", "venv", str(target))
+        run(str(target / "bin" / "python"), "-m", "pip", "install", "--quiet", *packages)
+
+    return cached(name, make) / "bin" / "python"
+
+
 def pip_install(target: Path, packages: Sequence[str], *options: str) -> None:
     """Wheels alone, without what they depend on."""
     fixed = ("--quiet", "--no-deps", "--only-binary=:all:", "--target", str(target))

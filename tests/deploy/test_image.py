@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.artifact.installed import cached
-from tests.artifact.installed import run as run_command
+from tests.artifact.installed import environment
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -127,11 +126,6 @@ def test_the_commands_of_the_image(built: Path, tmp_path: Path) -> None:
             process.kill()
 
 
-def kserve(target: Path) -> None:
-    run_command(sys.executable, "-m", "venv", str(target))
-    run_command(str(target / "bin" / "python"), "-m", "pip", "install", "-qq", "kserve>=0.21", "pyyaml")
-
-
 @pytest.mark.foreign
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
@@ -145,7 +139,7 @@ def kserve(target: Path) -> None:
     ],
 )
 def test_the_manifest_has_the_fields_of_kserve(before: str, after: str, message: str, tmp_path: Path) -> None:
-    python = cached("kserve-models", kserve) / "bin" / "python"
+    python = environment("kserve", "kserve>=0.21", "pyyaml")
     file = tmp_path / "kserve.yaml"
     file.write_text((DEPLOY / "kserve.yaml").read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
     script = str(Path(__file__).with_name("kserve_models.py"))

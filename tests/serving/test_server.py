@@ -18,8 +18,7 @@ import httpx2
 import numpy as np
 import pytest
 
-from tests.artifact.installed import cached
-from tests.artifact.installed import run as run_command
+from tests.artifact.installed import environment
 from tests.serving.fake_engine import FakeEngine, infer_body, looped, served, until
 from tests.serving.test_grpc import request, rpc
 from trilevel.client import AsyncClient
@@ -235,27 +234,24 @@ async def test_rest_alone_needs_no_grpc() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def tritonclient(target: Path) -> None:
-    """An environment with NVIDIA's client, whose protobuf is older than ours."""
-    run_command(sys.executable, "-m", "venv", str(target))
-    run_command(str(target / "bin" / "python"), "-m", "pip", "install", "--quiet", "tritonclient[http,grpc]>=2.60")
-
-
-@pytest.fixture(scope="module")
-def foreign_python() -> Path:
-    return cached("tritonclient", tritonclient) / "bin" / "python"
-
-
 @pytest.mark.foreign
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize(
+    ("name", "packages", "script", "loads"),
+    [
+        ("tritonclient", ["tritonclient[http,grpc]>=2.60"], "foreign_triton.py", ["+double", "-double"] * 2),
+        ("kserve", ["kserve>=0.21", "pyyaml"], "foreign_kserve.py", []),
+    ],
+)
 @looped
-async def test_nvidias_client_works_unchanged(foreign_python: Path) -> None:
-    engine = FakeEngine()
+async def test_clients_of_others_work_unchanged(name: str, packages: list[str], script: str, loads: list[str]) -> None:
+    # their protobuf is older than ours
+    python, engine = environment(name, *packages), FakeEngine()
     async with served(engine, grpc_port=0) as server:
-        script = str(Path(__file__).with_name("foreign_client.py"))
+        path = str(Path(__file__).with_name(script))
         ports = [str(server.rest_port), str(server.grpc_port)]
         done = await asyncio.to_thread(
-            subprocess.run, [str(foreign_python), script, *ports], capture_output=True, text=True, timeout=100
+            subprocess.run, [str(python), path, *ports], capture_output=True, text=True, timeout=100
         )
     assert (done.returncode, done.stdout) == (0, "all as expected\n"), done.stderr
-    assert engine.loads == ["+double", "-double"] * 2
+    assert engine.loads == loads

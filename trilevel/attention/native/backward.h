@@ -70,7 +70,7 @@ struct GradScratch {
 // e^(score - lse); rounding of huge scores must not take it above 1
 inline lanes probability(lanes score, lanes lse) {
   const lanes x = score - lse;
-  return exp_neg(x > 0 ? lanes{} : x);
+  return exp_neg(select(x > 0, lanes{}, x));
 }
 
 // gradients of a tile of one head

@@ -19,10 +19,10 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int SCORE_ROWS = 8, MIX_QUERIES = 4, MIX_CHUNKS = 4;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(__aarch64__)
 constexpr int SCORE_ROWS = 4, MIX_QUERIES = 2, MIX_CHUNKS = 2;
 #else
-constexpr int SCORE_ROWS = 4, MIX_QUERIES = 2, MIX_CHUNKS = 2;
+constexpr int SCORE_ROWS = 2, MIX_QUERIES = 2, MIX_CHUNKS = 1;
 #endif
 
 // rows of entries that the weights of queries 4g .. 4g+3 can reach

@@ -15,9 +15,8 @@ inline lanes rest_count(const TileView& view, const Rest& rest, bool in_past) {
   const ilanes has_base = in_past ? view.rest < all_int(view.begin) : (ilanes{} - 1);
   lanes number = select(has_base, all(rest.count), lanes{});
   if (!view.has_flags) {
-    const ilanes begin = all_int(view.begin), from = view.rest > begin ? view.rest : begin;
-    const ilanes past = view.low > from ? view.low - from : ilanes{};
-    return in_past ? number + __builtin_convertvector(past, lanes) : number - __builtin_convertvector(view.high - view.low, lanes);
+    const ilanes past = larger(view.low - larger(view.rest, all_int(view.begin)), ilanes{});
+    return in_past ? number + to_float(past) : number - to_float(view.high - view.low);
   }
   for (int j = 0; j < view.rows; j++)
     if (in_past)

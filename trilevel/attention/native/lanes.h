@@ -1,9 +1,11 @@
-// Sixteen float lanes, one for each query of a tile, in GCC/Clang vector extensions: one source for every ISA.
+// Sixteen float lanes, one for each query of a tile: one source for every ISA.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -12,13 +14,17 @@
 namespace trilevel {
 namespace {
 
+// called for every row of scores: a call would pass its lanes through memory
+#define TRILEVEL_INLINE inline __attribute__((always_inline))
+
 constexpr int LANES = 16;
 constexpr float INF = std::numeric_limits<float>::infinity();
+
+#if defined(__AVX512F__)
 
 typedef float lanes __attribute__((vector_size(64)));
 typedef int32_t ilanes __attribute__((vector_size(64)));
 typedef float lanes_u __attribute__((vector_size(64), aligned(4)));
-typedef int32_t ilanes_u __attribute__((vector_size(64), aligned(4)));
 
 inline lanes load(const float* p) { return *reinterpret_cast<const lanes_u*>(p); }
 inline void store(float* p, lanes x) { *reinterpret_cast<lanes_u*>(p) = x; }
@@ -26,7 +32,156 @@ inline void store(float* p, lanes x) { *reinterpret_cast<lanes_u*>(p) = x; }
 inline lanes all(float x) { return lanes{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 inline ilanes all_int(int32_t x) { return ilanes{} + x; }
 inline lanes select(ilanes mask, lanes a, lanes b) { return mask ? a : b; }
-inline lanes larger(lanes a, lanes b) { return a > b ? a : b; }
+inline ilanes select(ilanes mask, ilanes a, ilanes b) { return mask ? a : b; }
+inline lanes to_float(ilanes x) { return __builtin_convertvector(x, lanes); }
+inline ilanes to_int(lanes x) { return __builtin_convertvector(x, ilanes); }
+inline lanes as_float(ilanes x) { return (lanes)x; }
+inline ilanes as_int(lanes x) { return (ilanes)x; }
+
+#else
+
+// A register of the processor. Compilers keep a vector type that is wider than one in memory, and compare it lane by lane.
+#if defined(__AVX2__)
+constexpr int REGISTER = 32;
+#else
+constexpr int REGISTER = 16;
+#endif
+typedef float reg __attribute__((vector_size(REGISTER)));
+typedef int32_t ireg __attribute__((vector_size(REGISTER)));
+typedef float reg_u __attribute__((vector_size(REGISTER), aligned(4)));
+
+// two registers, or two pairs of them
+template <class Half>
+struct Two {
+  Half low, high;
+  typedef typename std::remove_reference<decltype(std::declval<Half&>()[0])>::type Lane;
+
+  Lane& operator[](int i) { return reinterpret_cast<Lane*>(this)[i]; }
+  Lane operator[](int i) const { return reinterpret_cast<const Lane*>(this)[i]; }
+  template <class Other>
+  Two& operator+=(const Other& x) { return *this = *this + x; }
+  template <class Other>
+  Two& operator-=(const Other& x) { return *this = *this - x; }
+  template <class Other>
+  Two& operator*=(const Other& x) { return *this = *this * x; }
+};
+
+#define TRILEVEL_LANEWISE(op)                                                                                            \
+  template <class Half>                                                                                                  \
+  inline auto operator op(const Two<Half>& a, const Two<Half>& b)->Two<decltype(a.low op b.low)> {                       \
+    return {a.low op b.low, a.high op b.high};                                                                           \
+  }                                                                                                                      \
+  template <class Half>                                                                                                  \
+  inline auto operator op(const Two<Half>& a, typename Two<Half>::Lane b)->Two<decltype(a.low op b)> {                   \
+    return {a.low op b, a.high op b};                                                                                    \
+  }                                                                                                                      \
+  template <class Half>                                                                                                  \
+  inline auto operator op(typename Two<Half>::Lane a, const Two<Half>& b)->Two<decltype(a op b.low)> {                   \
+    return {a op b.low, a op b.high};                                                                                    \
+  }
+TRILEVEL_LANEWISE(+)
+TRILEVEL_LANEWISE(-)
+TRILEVEL_LANEWISE(*)
+TRILEVEL_LANEWISE(/)
+TRILEVEL_LANEWISE(&)
+TRILEVEL_LANEWISE(|)
+TRILEVEL_LANEWISE(<<)
+TRILEVEL_LANEWISE(>>)
+TRILEVEL_LANEWISE(<)
+TRILEVEL_LANEWISE(>)
+TRILEVEL_LANEWISE(<=)
+TRILEVEL_LANEWISE(>=)
+TRILEVEL_LANEWISE(==)
+TRILEVEL_LANEWISE(!=)
+#undef TRILEVEL_LANEWISE
+
+#if defined(__AVX2__)
+typedef Two<reg> lanes;
+typedef Two<ireg> ilanes;
+#else
+typedef Two<Two<reg>> lanes;
+typedef Two<Two<ireg>> ilanes;
+#endif
+
+inline void read(const float* p, reg& x) { x = *reinterpret_cast<const reg_u*>(p); }
+inline void write(float* p, reg x) { *reinterpret_cast<reg_u*>(p) = x; }
+inline void fill(float value, reg& x) {
+  // not `reg{} + value`, which is an addition: 0 + -0 is 0
+#if defined(__AVX2__)
+  x = reg{value, value, value, value, value, value, value, value};
+#else
+  x = reg{value, value, value, value};
+#endif
+}
+inline void fill(int32_t value, ireg& x) { x = ireg{} + value; }
+// a mask is 0 or -1: its sign is what a blend reads
+inline reg select(ireg mask, reg a, reg b) { return mask < 0 ? a : b; }
+inline ireg select(ireg mask, ireg a, ireg b) { return mask < 0 ? a : b; }
+inline reg to_float(ireg x) { return __builtin_convertvector(x, reg); }
+inline ireg to_int(reg x) { return __builtin_convertvector(x, ireg); }
+// the same bits
+inline reg as_float(ireg x) { return (reg)x; }
+inline ireg as_int(reg x) { return (ireg)x; }
+
+template <class Half>
+inline void read(const float* p, Two<Half>& x) {
+  read(p, x.low);
+  read(p + sizeof(Half) / sizeof(float), x.high);
+}
+template <class Half>
+inline void write(float* p, const Two<Half>& x) {
+  write(p, x.low);
+  write(p + sizeof(Half) / sizeof(float), x.high);
+}
+template <class Half>
+inline void fill(typename Two<Half>::Lane value, Two<Half>& x) {
+  fill(value, x.low);
+  fill(value, x.high);
+}
+template <class Mask, class Half>
+inline Two<Half> select(const Two<Mask>& mask, const Two<Half>& a, const Two<Half>& b) {
+  return {select(mask.low, a.low, b.low), select(mask.high, a.high, b.high)};
+}
+template <class Half>
+inline auto to_float(const Two<Half>& x) -> Two<decltype(to_float(x.low))> {
+  return {to_float(x.low), to_float(x.high)};
+}
+template <class Half>
+inline auto to_int(const Two<Half>& x) -> Two<decltype(to_int(x.low))> {
+  return {to_int(x.low), to_int(x.high)};
+}
+
+template <class Half>
+inline auto as_float(const Two<Half>& x) -> Two<decltype(as_float(x.low))> {
+  return {as_float(x.low), as_float(x.high)};
+}
+template <class Half>
+inline auto as_int(const Two<Half>& x) -> Two<decltype(as_int(x.low))> {
+  return {as_int(x.low), as_int(x.high)};
+}
+
+inline lanes load(const float* p) {
+  lanes x;
+  read(p, x);
+  return x;
+}
+inline void store(float* p, const lanes& x) { write(p, x); }
+inline lanes all(float value) {
+  lanes x;
+  fill(value, x);
+  return x;
+}
+inline ilanes all_int(int32_t value) {
+  ilanes x;
+  fill(value, x);
+  return x;
+}
+
+#endif
+
+inline lanes larger(lanes a, lanes b) { return select(a > b, a, b); }
+inline ilanes larger(ilanes a, ilanes b) { return select(a > b, a, b); }
+inline ilanes smaller(ilanes a, ilanes b) { return select(a < b, a, b); }
 
 inline float sum(lanes x) {
   float total = 0;
@@ -56,7 +211,7 @@ inline uint16_t float_to_bf16(float x) {
 }
 
 // e^x for x <= 0; exactly 0 for -inf and below the smallest normal number. Cephes polynomial, error about 1 ulp
-inline lanes exp_neg(lanes x) {
+TRILEVEL_INLINE lanes exp_neg(lanes x) {
   const lanes low = all(-87.33654f);
   const ilanes gone = x < low;
   const lanes c = select(gone, low, x);
@@ -78,24 +233,17 @@ inline lanes exp_neg(lanes x) {
 #if defined(__AVX512F__)
   return select(gone, lanes{}, (lanes)_mm512_scalef_ps((__m512)p, (__m512)n));
 #else
-  const ilanes k = __builtin_convertvector(n, ilanes);
-  const ilanes power = (k + 127) << 23;
-  lanes scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  return select(gone, lanes{}, p * scale);
+  const ilanes k = to_int(n);
+  return select(gone, lanes{}, p * as_float((k + 127) << 23));
 #endif
 }
 
 // ln(x) for positive normal x. Cephes polynomial, error about 1 ulp
 inline lanes log_pos(lanes x) {
-  ilanes bits;
-  std::memcpy(&bits, &x, sizeof bits);
+  const ilanes bits = as_int(x);
   // x = m * 2^e with m in [sqrt(1/2), sqrt(2))
-  ilanes e = ((bits - 0x3f3504f3) >> 23);
-  bits -= e << 23;
-  lanes m;
-  std::memcpy(&m, &bits, sizeof m);
-  const lanes f = m - 1.0f, n = __builtin_convertvector(e, lanes);
+  const ilanes e = (bits - 0x3f3504f3) >> 23;
+  const lanes f = as_float(bits - (e << 23)) - 1.0f, n = to_float(e);
   lanes p = all(7.0376836292e-2f);
   p = p * f - 1.1514610310e-1f;
   p = p * f + 1.1676998740e-1f;

@@ -17,7 +17,7 @@ struct Tail {
   const lanes* special;
   const int* tokens;  // positions, null for regions
 
-  lanes bias_of(int row) const {
+  TRILEVEL_INLINE lanes bias_of(int row) const {
     return row >= special_begin && row < special_end ? special[row - special_begin] : all(bias[row]);
   }
 };
@@ -33,20 +33,20 @@ struct TileView {
   Reach reach;
   bool has_flags;
 
-  bool is_real(int column) const {
+  TRILEVEL_INLINE bool is_real(int column) const {
     const int i = begin + column;
     return i < row->tokens && row->is_real(i);
   }
-  bool is_claimed(int column) const {
+  TRILEVEL_INLINE bool is_claimed(int column) const {
     const int i = begin + column;
     return claimed && i < row->tokens && claimed[i];
   }
-  ilanes near(int column) const {
+  TRILEVEL_INLINE ilanes near(int column) const {
     const ilanes i = all_int(begin + column);
     const ilanes inside = (low <= i) & (i < high);
     return has_flags && !is_real(column) ? ilanes{} : inside;
   }
-  ilanes past(int column) const {
+  TRILEVEL_INLINE ilanes past(int column) const {
     const ilanes i = all_int(begin + column);
     if (has_flags && (!is_real(column) || is_claimed(column))) return ilanes{};
     return (rest <= i) & (i < low);
@@ -329,10 +329,8 @@ struct Walker {
     ilanes count;
     const int from = std::max(region.begin, view.begin), to = std::min(region.end, view.begin + view.rows);
     if (!view.has_flags) {
-      const ilanes a = all_int(region.begin), b = all_int(region.end);
-      const ilanes low = view.low > a ? view.low : a, high = view.high < b ? view.high : b;
-      const ilanes near = high > low ? high - low : ilanes{};
-      count = all_int(region.count) - near;
+      const ilanes low = larger(view.low, all_int(region.begin)), high = smaller(view.high, all_int(region.end));
+      count = all_int(region.count) - larger(high - low, ilanes{});
     } else {
       int unclaimed = region.count;
       for (int i = region.begin; view.claimed && i < region.end; i++) unclaimed -= view.claimed[i] && row->is_real(i);

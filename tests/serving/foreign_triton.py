@@ -1,4 +1,4 @@
-"""Runs with NVIDIA's tritonclient, in an environment of its own: `foreign_client.py REST_PORT GRPC_PORT`."""
+"""Runs with NVIDIA's tritonclient, in an environment of its own: `foreign_triton.py REST_PORT GRPC_PORT`."""
 
 # mypy: ignore-errors
 from __future__ import annotations
