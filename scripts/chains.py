@@ -63,7 +63,7 @@ def documents(out: Path, work: Path, seeds: Sequence[int]) -> Iterator[Stage]:
         yield f"documents/seed-{seed}", partial(command, "export", small, out / f"documents/seed-{seed}")
 
 
-CHAINS = {
+CHAINS: dict[str, Callable[[Path, Path, Sequence[int]], Iterator[Stage]]] = {
     "images": images,
     "documents": documents,
     # three quarters of an hour without bfloat16

@@ -99,7 +99,8 @@ def load(
         MissingExtraError: the runtime is not installed.
         ConfigError: an option is out of range.
     """
-    artifact, runtime = read_artifact(folder), runtime or default_runtime()
+    artifact = read_artifact(folder)
+    runtime = runtime or default_runtime(artifact)
     if not has_paths(artifact):
         if audit is not None:
             raise ConfigError(f"{folder} has one path, so there is nothing to audit; leave audit out.")
@@ -171,7 +172,8 @@ def export(
         source: a folder that `trilevel train`, `convert` or `compress` wrote, what `load_source` takes, or `documents`:
             the summariser that ships, in INT8.
         out: folder; an artifact there is replaced when the new one is whole.
-        target: `portable`, which every runtime takes, or `cpu`, for unsigned activations as well.
+        target: `portable`, which every runtime takes; `cpu`, for unsigned activations as well; `native`, attention as
+            one operator of trilevel's kernels, faster and for ONNX Runtime alone.
         backbone: of that summariser, `scratch` (None as well) or `minilm`, which is made once and kept in the cache.
         runtimes: that must give torch's answers; without, one that is installed must.
         tell: told what is being done.

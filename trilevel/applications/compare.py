@@ -83,10 +83,10 @@ def compare(
         MissingExtraError: a runtime that was asked for is not installed.
         InputError: the data cannot be used.
     """
-    asked = list(runtimes) or installed()
+    asked = list(runtimes) or installed(artifact)
     every: list[Precision] = ["float32", "bfloat16"]
     checked = check_runtimes(artifact, asked, chosen=every, threads=threads, tell=tell)
-    first: Runtime = "torch" if "torch" in installed() else asked[0]
+    first: Runtime = "torch" if "torch" in installed(artifact) else asked[0]
 
     def opened(own: Artifact, runtime: Runtime, precision: Precision) -> Predictor:
         return load_predictor(own, runtime, threads=threads, precision=precision)

@@ -39,7 +39,8 @@ NEXT = "next_"
 _FAMILY = re.compile(r"[a-z][a-z0-9_]*(/[a-z][a-z0-9_+=.]*)*")
 ARTIFACT = Kind("artifact", "trilevel-artifact", 1, MANIFEST_FILE, ArtifactError, is_sealed=True)
 PRECISIONS = ("float32", "int8", "int4")
-TARGETS = ("portable", "cpu")
+NATIVE = "native"
+TARGETS = ("portable", "cpu", NATIVE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,8 @@ class Manifest:
         name: of the model, for people.
         trilevel: version that wrote it.
         precision: of the weight products: `float32`, `int8` or `int4` (weights alone).
-        target: `portable` (symmetric activations, every runtime) or `cpu` (unsigned ones); None in float32.
+        target: `portable` (symmetric activations, every runtime) or `cpu` (unsigned ones); None in float32. `native`:
+            attention is an operator of trilevel's kernels, in ONNX Runtime alone.
         inputs: of the graph, by name.
         outputs: of the graph, by name.
         settings: what the task needs beside the graph, such as labels and the longest input; JSON types.

@@ -352,7 +352,8 @@ class MultiLevelAttention(nn.Module):
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, masks: dict[str, Any]) -> Tensor:
         call = dense_call(q, k, v, **masks)
         # torch's own marks rows that see NaN by adding into places, for which TensorRT has no operator
-        is_exported = self.impl == "graph" and graph.obstacle(call) is None
+        is_exported = self.impl == "graph" or (self.impl == "native" and torch.compiler.is_exporting())
+        is_exported = is_exported and graph.obstacle(call) is None
         return graph.dense(call) if is_exported else dense_attention(call)
 
     def _tables(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,9 @@
 There is a library for each instruction set, built at install when a C++ compiler is there
 (`trilevel/attention/native/build.py`). The best that this processor runs is loaded on first use; the environment
 variable `TRILEVEL_ISA` names another. A name that cannot be had raises, it is never replaced.
+
+Nothing here imports torch, for runtimes that do without. Whoever uses both imports torch first: it brings libgomp, and
+two of them would be two pools of threads.
 """
 
 from __future__ import annotations
@@ -15,13 +18,10 @@ from functools import cache
 from pathlib import Path
 from threading import RLock
 
-# before any library of ours: torch brings libgomp, and two of them would be two pools of threads
-import torch  # noqa: F401
-
 from trilevel.attention.native import build
 from trilevel.errors import ImplementationError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FOLDER = build.LIB
 _LOCK = RLock()
 
@@ -53,6 +53,11 @@ def library() -> ctypes.CDLL:
         ImplementationError: none is built, or `TRILEVEL_ISA` names one that is unknown, not built or not run here.
     """
     return _choice().library
+
+
+def library_path() -> Path:
+    """The file of `library`, which is also a library of operators for ONNX Runtime; raises as it does."""
+    return _path(active_isa())
 
 
 def active_isa() -> str:
@@ -106,6 +111,7 @@ def load(path: Path) -> ctypes.CDLL:
     loaded.trilevel_supports.argtypes = [c_char_p]
     loaded.trilevel_forward.argtypes = [c_void_p]
     loaded.trilevel_backward.argtypes = [c_void_p, c_void_p]
+    loaded.trilevel_set_threads.argtypes, loaded.trilevel_set_threads.restype = [c_int32], None
     for function in (loaded.trilevel_forward, loaded.trilevel_backward, loaded.trilevel_supports):
         function.restype = c_int32
     return loaded

@@ -285,4 +285,4 @@ def runtime_of(artifact: Artifact, asked: Runtime | None) -> Runtime:
         # the worker says what is wrong with it
         certificate = None
     wanted = None if certificate is None else certificate.platform.runtime
-    return next((name for name in installed() if name == wanted), default_runtime())
+    return next((name for name in installed() if name == wanted), default_runtime(artifact))

@@ -21,6 +21,7 @@ from trilevel.artifact.export.onnx import export_onnx
 from trilevel.artifact.manifest import (
     CARD_FILE,
     MODEL_FILE,
+    NATIVE,
     PROBE_FILE,
     REPORT_FILE,
     TARGETS,
@@ -81,7 +82,7 @@ def export_artifact(graph: Graph, out: str | Path, *, target: str, tell: Tell) -
     Args:
         graph: what is exported.
         out: folder; an artifact there is replaced when the new one is whole.
-        target: `portable` or `cpu`, see `Manifest`; means nothing in float32.
+        target: `portable`, `cpu` or `native`, see `Manifest`; the first two mean nothing in float32.
         tell: told what is being done.
 
     Raises:
@@ -100,7 +101,7 @@ def export_artifact(graph: Graph, out: str | Path, *, target: str, tell: Tell) -
         with tempfile.TemporaryDirectory(prefix="trilevel-export-") as folder:
             tell("tracing and writing the graph, which takes a minute or so")
             draft = _draft(graph, Path(folder), probes, precision, target)
-            checked = check_runtimes(draft, installed(), tell=tell)
+            checked = check_runtimes(draft, installed(draft), tell=tell)
             _require_answers(checked)
             tell(f"writing {out}")
             return write_artifact(out, draft.manifest, _files(graph, draft, checked))
@@ -153,14 +154,17 @@ def _probe(graph: Graph, call: Mapping[str, Tensor]) -> Probe:
 def _draft(graph: Graph, folder: Path, probes: Sequence[Probe], precision: str, target: str) -> Artifact:
     """What runtimes can open already, in a folder that goes away."""
     example = example_of(graph.calls)
-    inputs, outputs = export_onnx(graph.module, example, graph.axes, folder / MODEL_FILE, output=graph.output)
+    is_native = target == NATIVE
+    inputs, outputs = export_onnx(
+        graph.module, example, graph.axes, folder / MODEL_FILE, output=graph.output, is_native=is_native
+    )
     write_probes(probes, folder / PROBE_FILE)
     manifest = Manifest(
         task=graph.task,
         name=graph.name,
         trilevel=trilevel.__version__,
         precision=precision,
-        target=None if precision == "float32" else target,
+        target=None if precision == "float32" and not is_native else target,
         inputs=inputs,
         outputs=outputs,
         settings=graph.settings,

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trilevel.artifact.export import attention
 from trilevel.artifact.export.quantized import store_transposed, translation_table
 from trilevel.artifact.manifest import Tensors
 from trilevel.attention.layer import MultiLevelAttention
@@ -33,8 +34,8 @@ _LARGEST_CONSTANT = 1024
 _DYNAMIC = torch.export.Dim.AUTO
 
 
-def exportable(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose attention runs in operators that every runtime has.
+def exportable(module: nn.Module, *, is_native: bool = False) -> nn.Module:
+    """A copy in evaluation mode whose attention runs in operators that every runtime has, or as one of the kernels'.
 
     Raises:
         ConfigError: a layer has levels that cannot be exported.
@@ -43,7 +44,7 @@ def exportable(module: nn.Module) -> nn.Module:
     for name, part in twin.named_modules():
         if isinstance(part, MultiLevelAttention):
             _check_layer(name, part)
-            part.impl = "graph"
+            part.impl = "native" if is_native else "graph"
     return twin
 
 
@@ -71,6 +72,7 @@ def export_onnx(
     path: Path,
     *,
     output: str | Sequence[str],
+    is_native: bool = False,
 ) -> tuple[dict[str, Tensors], dict[str, Tensors]]:
     """Write `module` to `path`; weights that are stored as integers stay integers.
 
@@ -80,6 +82,7 @@ def export_onnx(
         axes: names of the axes that vary and sizes of the others, for every input and output.
         path: of the file.
         output: name of what the module returns; names of several.
+        is_native: attention with levels becomes one operator of the native kernels, which ONNX Runtime alone can run.
 
     Returns:
         Inputs and outputs as the manifest lists them.
@@ -94,7 +97,8 @@ def export_onnx(
     shapes = tuple(
         {place: _DYNAMIC for place, axis in enumerate(axes[name]) if isinstance(axis, str)} for name in names
     )
-    twin = exportable(module)
+    twin = exportable(module, is_native=is_native)
+    table = translation_table() | (attention.translation_table() if is_native else {})
     with torch.no_grad(), _quiet():
         program: Any = torch.onnx.export(
             twin,
@@ -104,7 +108,7 @@ def export_onnx(
             dynamic_shapes=shapes,
             input_names=names,
             output_names=outputs,
-            custom_translation_table=translation_table(),
+            custom_translation_table=table,
             verbose=False,
             optimize=False,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +10,10 @@ from typing import Any
 
 import numpy.typing as npt
 
-from trilevel.artifact.manifest import Artifact
+from trilevel.artifact.manifest import NATIVE, Artifact
 from trilevel.artifact.probe import Arrays
 from trilevel.artifact.runtime.predictor import Precision, check_inputs
-from trilevel.errors import ArtifactError, require
+from trilevel.errors import ArtifactError, ImplementationError, require
 
 SESSION_ENTRIES = {
     # a process that waits busily takes the cores of the others
@@ -42,6 +43,7 @@ class OnnxRuntime:
         self.version: str = self._ort.__version__
         self._inputs, self._path = artifact.manifest.inputs, artifact.file(artifact.graph)
         self._threads = threads
+        self._kernels = _kernels(artifact)
         self._outputs = list(artifact.manifest.outputs)
         self._session = self._open()
 
@@ -58,6 +60,8 @@ class OnnxRuntime:
         for name, choice in options.items():
             setattr(settings, name, choice)
         try:
+            if self._kernels is not None:
+                settings.register_custom_ops_library(self._kernels[1])
             return self._ort.InferenceSession(str(self._path), settings, providers=["CPUExecutionProvider"])
         # its errors have classes of their own, derived from Exception alone
         except Exception as error:
@@ -66,6 +70,9 @@ class OnnxRuntime:
     def run(self, inputs: Arrays) -> dict[str, npt.NDArray[Any]]:
         """Outputs by name."""
         check_inputs(self._inputs, inputs)
+        if self._kernels is not None:
+            # operators run in this thread, and know nothing of the session
+            self._kernels[0].trilevel_set_threads(self._threads or 0)
         try:
             found = self._session.run(self._outputs, dict(inputs))
         # as above
@@ -81,3 +88,18 @@ class OnnxRuntime:
             self._open(optimized_model_filepath=str(path))
             nodes = onnx.load(str(path)).graph.node
         return {node.name or f"{node.op_type}_{index}": node.op_type for index, node in enumerate(nodes)}
+
+
+def _kernels(artifact: Artifact) -> tuple[ctypes.CDLL, str] | None:
+    """The library of native kernels and its file, where the graph has operators of it."""
+    if artifact.manifest.target != NATIVE:
+        return None
+    from trilevel.attention import library
+
+    try:
+        return library.library(), str(library.library_path())
+    except ImplementationError as error:
+        raise ArtifactError(
+            f"{artifact.path} has attention as an operator of trilevel's kernels: {error} Or export the model with "
+            "target='portable'."
+        ) from error

@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#define TRILEVEL_ABI_VERSION 1
+#define TRILEVEL_ABI_VERSION 2
 
 #define TRILEVEL_EXPORT __attribute__((visibility("default")))
 
@@ -55,6 +55,8 @@ TRILEVEL_EXPORT int32_t trilevel_abi_version(void);
 TRILEVEL_EXPORT int32_t trilevel_forward(const trilevel_call* call);
 TRILEVEL_EXPORT int32_t trilevel_backward(const trilevel_call* call, const trilevel_grads* grads);
 TRILEVEL_EXPORT const char* trilevel_error(void);
+// threads of the operators that a runtime calls in this thread; 0: one a core
+TRILEVEL_EXPORT void trilevel_set_threads(int32_t threads);
 // whether this processor and kernel run the path of that name; portable library only
 TRILEVEL_EXPORT int32_t trilevel_supports(const char* isa);
 

@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "isa.h"
+#include "ort_op.h"
 
 namespace {
 
@@ -39,5 +40,12 @@ int32_t trilevel_forward(const trilevel_call* call) {
 
 int32_t trilevel_backward(const trilevel_call* call, const trilevel_grads* grads) {
   return guarded([&] { trilevel::backward(*call, *grads); });
+}
+
+void trilevel_set_threads(int32_t threads) { trilevel::ort::num_threads = threads; }
+
+// what ONNX Runtime looks for in a library of operators
+TRILEVEL_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
+  return trilevel::ort::add_operators(options, base);
 }
 }
