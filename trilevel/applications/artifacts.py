@@ -205,14 +205,14 @@ def _export_shipped(
     runtimes: Sequence[Runtime],
     tell: Callable[[str], None],
 ) -> Artifact:
-    if str(source) != SHIPPED or target != "portable":
+    if str(source) != SHIPPED or target == "cpu":
         raise ConfigError(
-            f"--backbone is of the summariser that ships, which is portable: trilevel export {SHIPPED} OUT --backbone "
-            f"{backbone}; {source} with target={target!r} was given."
+            f"--backbone is of the summariser that ships, which is portable or native: trilevel export {SHIPPED} OUT "
+            f"--backbone {backbone}; {source} with target={target!r} was given."
         )
     from trilevel.applications.documents.export import shipped_artifact
 
-    return _copy_checked(shipped_artifact(backbone, tell), out, runtimes, tell)
+    return _copy_checked(shipped_artifact(backbone, tell, target=target), out, runtimes, tell)
 
 
 def _copy_checked(

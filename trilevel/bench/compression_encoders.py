@@ -21,6 +21,7 @@ import trilevel
 from trilevel.artifact.export.onnx import export_onnx
 from trilevel.artifact.manifest import (
     MODEL_FILE,
+    NATIVE,
     PROBE_FILE,
     Artifact,
     Manifest,
@@ -34,10 +35,12 @@ from trilevel.artifact.runtime.predictor import Runtime, load_predictor
 from trilevel.attention.near import has_fast_products
 from trilevel.bench.compression_memory import (
     ARTIFACT,
+    ARTIFACT_NATIVE,
     DENSE_OPENVINO,
     DENSE_OURS,
     DENSE_TORCH,
     NNCF_FILE,
+    OURS_NATIVE,
     OURS_ONNXRUNTIME,
     OURS_OPENVINO,
 )
@@ -104,9 +107,9 @@ class Encoders:
         ids = document_ids(self.models, 4 * longest)
         return [ids[:, start : start + tokens] for tokens in CALIBRATION_TOKENS for start in (0, 2 * longest)]
 
-    def artifact(self, kind: Literal["dense", "converted"]) -> Artifact:
+    def artifact(self, kind: Literal["dense", "converted"], *, is_native: bool = False) -> Artifact:
         """INT8 by post-training quantization with our own defaults."""
-        folder = self.folder / (ARTIFACT if kind == "converted" else "dense-int8")
+        folder = self.folder / ("dense-int8" if kind == "dense" else ARTIFACT_NATIVE if is_native else ARTIFACT)
         if is_artifact(folder):
             return read_artifact(folder)
         self.tell(f"quantizing and exporting the {kind} encoder")
@@ -116,10 +119,12 @@ class Encoders:
             probes = [Probe(inputs={"input_ids": x.numpy()}, outputs={"vector": module(x).numpy()}) for x in examples]
         graph = folder.with_suffix(".onnx")
         axes: Mapping[str, tuple[int | str, ...]] = {"input_ids": ("batch", "tokens"), "vector": ("batch", 384)}
-        inputs, outputs = export_onnx(module, {"input_ids": examples[1]}, axes, graph, output="vector")
+        inputs, outputs = export_onnx(
+            module, {"input_ids": examples[1]}, axes, graph, output="vector", is_native=is_native
+        )
         manifest = Manifest(
-            task="embedding", name=f"{kind} MiniLM", trilevel=trilevel.__version__, precision="int8", target="portable",
-            inputs=inputs, outputs=outputs,
+            task="embedding", name=f"{kind} MiniLM", trilevel=trilevel.__version__, precision="int8",
+            target=NATIVE if is_native else "portable", inputs=inputs, outputs=outputs,
         )  # fmt: skip
         files = {MODEL_FILE: partial(_move, graph), PROBE_FILE: partial(write_probes, probes)}
         return write_artifact(folder, manifest, files)
@@ -183,6 +188,11 @@ def contenders() -> list[Contender]:
         Contender(
             name=OURS_ONNXRUNTIME,
             build=partial(_artifact, kind="converted", runtime="onnxruntime"),
+            exact="converted",
+        ),
+        Contender(
+            name=OURS_NATIVE,
+            build=partial(_artifact, kind="converted", runtime="onnxruntime", is_native=True),
             exact="converted",
         ),
     ]  # fmt: skip
@@ -262,9 +272,17 @@ def _nncf(encoders: Encoders, _tokens: int) -> Call:
     return lambda ids: next(iter(request.infer([ids]).values())).copy()
 
 
-def _artifact(encoders: Encoders, _tokens: int, *, kind: Literal["dense", "converted"], runtime: Runtime) -> Call:
+def _artifact(
+    encoders: Encoders,
+    _tokens: int,
+    *,
+    kind: Literal["dense", "converted"],
+    runtime: Runtime,
+    is_native: bool = False,
+) -> Call:
     precision: Any = "bfloat16" if runtime == "openvino" and has_fast_products(torch.bfloat16) else "float32"
-    predictor = load_predictor(encoders.artifact(kind), runtime, threads=torch.get_num_threads(), precision=precision)
+    artifact = encoders.artifact(kind, is_native=is_native)
+    predictor = load_predictor(artifact, runtime, threads=torch.get_num_threads(), precision=precision)
     return lambda ids: predictor.run({"input_ids": ids})["vector"]
 
 

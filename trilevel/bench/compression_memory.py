@@ -17,9 +17,14 @@ DENSE_OPENVINO = "dense, OpenVINO INT8 by NNCF"
 DENSE_OURS = "trilevel dense INT8, OpenVINO"
 MATERIALISED = "dense, attention materialised"
 OURS_OPENVINO, OURS_ONNXRUNTIME = "trilevel INT8, OpenVINO", "trilevel INT8, ONNX Runtime"
-OURS: dict[str, Runtime] = {OURS_OPENVINO: "openvino", OURS_ONNXRUNTIME: "onnxruntime"}
+OURS_NATIVE = "trilevel INT8, ONNX Runtime, native attention"
 NNCF_FILE = "dense-nncf.xml"
-ARTIFACT = "converted-int8"
+ARTIFACT, ARTIFACT_NATIVE = "converted-int8", "converted-int8-native"
+OURS: dict[str, tuple[str, Runtime]] = {
+    OURS_OPENVINO: (ARTIFACT, "openvino"),
+    OURS_ONNXRUNTIME: (ARTIFACT, "onnxruntime"),
+    OURS_NATIVE: (ARTIFACT_NATIVE, "onnxruntime"),
+}
 MEASURED = (DENSE_TORCH, MATERIALISED, DENSE_OPENVINO, *OURS)
 
 
@@ -39,7 +44,8 @@ def one_call(name: str, work: str, tokens: int, threads: int) -> Callable[[], ob
         from trilevel.artifact.manifest import read_artifact
         from trilevel.artifact.runtime.predictor import load_predictor
 
-        predictor = load_predictor(read_artifact(Path(work) / ARTIFACT), OURS[name], threads=threads)
+        folder, runtime = OURS[name]
+        predictor = load_predictor(read_artifact(Path(work) / folder), runtime, threads=threads)
         return lambda: predictor.run({"input_ids": ids})
     if name == DENSE_OPENVINO:
         from trilevel.artifact.runtime.openvino import openvino_core

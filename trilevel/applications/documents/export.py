@@ -90,17 +90,23 @@ def export(
     return export_artifact(graph, out, target=target, tell=tell)
 
 
-def shipped_artifact(backbone: str, tell: Callable[[str], None]) -> Artifact:
+def shipped_artifact(backbone: str, tell: Callable[[str], None], *, target: str = "portable") -> Artifact:
     """The shipped summariser in INT8: `scratch`, as it comes, or `minilm`, made once and kept in the cache.
+
+    Of the targets `native` is made of both, and kept.
 
     Raises:
         CheckpointError: MiniLM cannot be had.
         ArtifactError: the cache cannot be written, or no runtime answers as torch does.
     """
-    if backbone == "scratch":
+    is_scratch = backbone == "scratch"
+    if is_scratch and target == "portable":
         return read_artifact(INT8)
-    digest = hashlib.sha256(f"{trilevel.__version__} {weights_sha256(MINILM / CHECKPOINT_FOLDER)}".encode())
-    digest.update((MINILM / ENCODER_FOLDER / CONFIG_FILE).read_bytes())
+    source = PRETRAINED if is_scratch else MINILM
+    digest = hashlib.sha256(f"{trilevel.__version__} {weights_sha256(source / CHECKPOINT_FOLDER)}".encode())
+    if not is_scratch:
+        digest.update((MINILM / ENCODER_FOLDER / CONFIG_FILE).read_bytes())
+    digest.update(b"" if target == "portable" else target.encode())
     kept = cache_dir() / "artifacts" / digest.hexdigest()[:32]
     if kept.exists():
         try:
@@ -108,8 +114,8 @@ def shipped_artifact(backbone: str, tell: Callable[[str], None]) -> Artifact:
         except ArtifactError as error:
             tell(f"{kept} is damaged and made again ({error})")
             shutil.rmtree(kept)
-    tell(f"making the artifact on MiniLM, once; it is kept in {kept}")
-    return export(MINILM, kept, target="portable", calibration=builtin_pieces(), tell=tell)
+    tell(f"making the artifact, once; it is kept in {kept}")
+    return export(None if is_scratch else MINILM, kept, target=target, calibration=builtin_pieces(), tell=tell)
 
 
 def to_int8(model: DocumentModel, documents: Sequence[Encoded], *, target: str = "portable") -> DocumentModel:
