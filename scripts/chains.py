@@ -51,7 +51,7 @@ def images(
         yield f"{name}/levels-{seed}", partial(train, recipe(f"images-{which}-levels"), "--out", levels, *taught)
         plan = ("--plan", recipe("compress-images"))
         yield f"{name}/small-{seed}", partial(command, "compress", levels, small, *plan, *taught)
-        yield f"{name}/seed-{seed}", partial(command, "export", small, out / name / f"seed-{seed}")
+        yield from exported(name, seed, small, out)
 
 
 def documents(out: Path, work: Path, seeds: Sequence[int]) -> Iterator[Stage]:
@@ -60,7 +60,15 @@ def documents(out: Path, work: Path, seeds: Sequence[int]) -> Iterator[Stage]:
         small = work / f"documents-small-{seed}"
         options = ("--plan", recipe("compress-documents"), "--data", TECH, "--seed", seed)
         yield f"documents/small-{seed}", partial(command, "compress", PRETRAINED, small, *options)
-        yield f"documents/seed-{seed}", partial(command, "export", small, out / f"documents/seed-{seed}")
+        yield from exported("documents", seed, small, out)
+
+
+def exported(name: str, seed: int, small: Path, out: Path) -> Iterator[Stage]:
+    """Of the first seed for the native kernels too: they change times alone."""
+    yield f"{name}/seed-{seed}", partial(command, "export", small, out / name / f"seed-{seed}")
+    if seed == 0:
+        native = out / name / f"native-{seed}"
+        yield f"{name}/native-{seed}", partial(command, "export", small, native, "--target", "native")
 
 
 CHAINS: dict[str, Callable[[Path, Path, Sequence[int]], Iterator[Stage]]] = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from trilevel.bench.compression_applications import TORCH, Application, applications_table, bars, measure
+from trilevel.bench.compression_applications import NATIVE, TORCH, Application, applications_table, bars, measure
 
 
 def application(metric: str = "accuracy", dense: float | None = 0.9) -> Application:
@@ -31,6 +32,9 @@ def test_ratios_are_of_the_mean_of_the_seeds_and_of_the_fastest_runtime() -> Non
     assert (dense["accuracy"], dense["median_ms"]) == (0.9, 12.0)
     assert [row["bytes"] for row in seeds] == [90, 100, 110]
     assert [row.get("openvino_median_ms") for row in seeds] == [2.0, None, None]
+    native = replace(own, ms={**own.ms, NATIVE: 1.5})
+    assert (native.fastest, native.speed) == (NATIVE, 8.0)
+    assert native.rows("images")[1]["onnxruntime_native_median_ms"] == 1.5
 
 
 def test_bars() -> None:

@@ -1,7 +1,7 @@
 """What compression makes of the applications: bytes, time and quality of artifacts beside dense float32 in torch.
 
 The models are those of `scripts/chains.py`: for each application a folder with `dense`, a run, and `seed-0`, `seed-1`
-and so on, artifacts.
+and so on, artifacts; `native-0` is the first of them with attention by the native kernels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trilevel.applications.images.checkpoint import Run as ImageRun
 from trilevel.applications.images.checkpoint import load_run as load_image_run
 from trilevel.applications.images.evaluate import held_out
 from trilevel.applications.images.score import logits_of
-from trilevel.artifact.manifest import MODEL_FILE, Artifact, read_artifact
+from trilevel.artifact.manifest import MODEL_FILE, Artifact, is_artifact, read_artifact
 from trilevel.artifact.runtime.predictor import Runtime, load_predictor
 from trilevel.bench.harness import Bar, interleave
 from trilevel.errors import InputError
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 
 MODELS = KEPT_RUNS.parent
 RUNTIMES: tuple[Runtime, ...] = ("onnxruntime", "openvino")
+NATIVE = "onnxruntime_native"
+"""ONNX Runtime with attention by the native kernels."""
+WAYS = (*RUNTIMES, NATIVE)
 TORCH = "dense float32 in torch"
 TOKENS = 512
 """Of the document that is timed."""
@@ -59,7 +62,7 @@ class Application:
         metric: `accuracy` or `rouge1`, on the test split.
         dense_quality: of the dense model; None where the data is missing.
         qualities: of each artifact.
-        ms: medians of the dense model and of the first artifact in each runtime, run in turn.
+        ms: medians of the dense model and of the first artifact in each of `WAYS` that was measured, run in turn.
     """
 
     tokens: int
@@ -77,12 +80,12 @@ class Application:
 
     @property
     def fastest(self) -> str:
-        """The runtime that takes least time."""
-        return min(RUNTIMES, key=lambda runtime: self.ms[runtime])
+        """The way that takes least time."""
+        return min((way for way in WAYS if way in self.ms), key=lambda way: self.ms[way])
 
     @property
     def speed(self) -> float:
-        """Time of the dense model over that of the artifact in the fastest runtime."""
+        """Time of the dense model over that of the artifact in the fastest way."""
         return self.ms[TORCH] / self.ms[self.fastest]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
@@ -93,7 +96,9 @@ class Application:
         for seed, size in enumerate(self.artifact_bytes):
             row = {**common, "model": f"INT8 artifact, seed {seed}", "bytes": size}
             row[self.metric] = self.qualities[seed] if self.qualities else None
-            found.append(row | ({f"{one}_median_ms": self.ms[one] for one in RUNTIMES} if seed == 0 else {}))
+            found.append(
+                row | ({f"{one}_median_ms": self.ms[one] for one in WAYS if one in self.ms} if seed == 0 else {})
+            )
         return found
 
 
@@ -225,6 +230,10 @@ def _timed(
     for runtime in RUNTIMES:
         predictor = load_predictor(artifact, runtime, threads=torch.get_num_threads())
         runs[runtime] = lambda own=predictor: own.run(inputs)  # type: ignore[misc]
+    native = artifact.path.with_name(artifact.path.name.replace("seed", "native"))
+    if is_artifact(native):
+        kernels = load_predictor(read_artifact(native), "onnxruntime", threads=torch.get_num_threads())
+        runs[NATIVE] = lambda: kernels.run(inputs)
     timings = interleave(runs, budget_s=budget_s, min_repeats=15, max_repeats=500, warm_up=3)
     return {own: timing.median_ms for own, timing in timings.items()}
 
@@ -259,7 +268,7 @@ def applications_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
     table = Table(title="applications: dense float32 in torch, and INT8 artifacts", title_justify="left")
     words, numbers = ("application", "model"), ("tokens", "bytes", "accuracy", "rouge1")
-    times = ("median_ms", *(f"{one}_median_ms" for one in RUNTIMES))
+    times = ("median_ms", *(f"{one}_median_ms" for one in WAYS))
     for column in (*words, *numbers, *times):
         table.add_column(column.replace("_", " "), justify="left" if column in words else "right")
     for row in rows:
