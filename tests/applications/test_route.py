@@ -21,10 +21,13 @@ from trilevel.applications.route import Options, Routing, route
 from trilevel.applications.route_family import default_plan, make_family
 from trilevel.applications.route_outcomes import Machine, open_statics
 from trilevel.artifact.audited import AuditedPredictor
+from trilevel.artifact.check import default_runtime
+from trilevel.artifact.export.attention import NAME
 from trilevel.artifact.manifest import CERTIFICATE_FILE, read_artifact, write_artifact
 from trilevel.artifact.platform import isa_class
 from trilevel.artifact.routed import RoutedPredictor, read_certificate, read_router
 from trilevel.artifact.runtime.predictor import load_predictor
+from trilevel.attention.library import is_available
 from trilevel.cli.main import app
 from trilevel.compression.exits import ExitsConfig
 from trilevel.compression.plan import CompressionPlan, Recovery, Stage
@@ -299,6 +302,40 @@ def test_exits_in_float_go_on_to_the_full_path(folder: Path, routed: Routing) ->
     shallow = RoutedPredictor(found.artifact, "onnxruntime", threads=1, setting=setting | {"float32/1": 0.0})
     assert {one.path for one in shallow.route({"pixels": given})} == {"float32/1"}
     load(folder / "float", runtime="onnxruntime", threads=1)
+
+
+def test_attention_by_the_native_kernels(folder: Path, routed: Routing) -> None:
+    if not is_available():
+        pytest.skip("no native kernels are built")
+    # what was trained is taken from there
+    shutil.copytree(folder / "artifact.work" / "model", folder / "native.work" / "model")
+    found = route(
+        folder / "run", folder / "held", folder / "native",
+        Options(targets=TARGETS, budget_s=0.5, target="native", statics=(folder / "artifact.work" / "whole",)),
+        plan=PLAN, machine=MACHINE, **SILENT,
+    )  # fmt: skip
+    assert found.artifact.manifest.target == "native"
+    assert Machine(runtime=default_runtime(found.artifact)).runtime == "onnxruntime"
+    setting = {"int8/start": 1.0, "int8/1": 1e9, "int8/2": 0.0}
+    ours, theirs = (
+        RoutedPredictor(artifact, "onnxruntime", threads=1, setting=setting)
+        for artifact in (found.artifact, routed.artifact)
+    )
+    assert list(ours.steps["int8"].kernels().values()).count(NAME) == 2
+    given = pixels(9)
+    for one, other in zip(ours.route({"pixels": given}), theirs.route({"pixels": given}), strict=True):
+        assert one.path == other.path == "int8/2"
+        np.testing.assert_allclose(one.output, other.output, atol=1e-4)
+    # the portable graph of the same run answers the same
+    (whole,) = (row for row in found.report["rows"] if row["kind"] == "static")
+    assert whole["loss"] == 0.0
+    done = CliRunner().invoke(app, ["verify", str(folder / "native"), "--json"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.output.strip().splitlines()[-1])["rows"]
+    assert {(row["runtime"], row["family"]) for row in rows} == {("onnxruntime", ""), ("onnxruntime", "int8")}
+    path = str(next((folder / "held").rglob("*.png")))
+    done = CliRunner().invoke(app, ["route-explain", str(folder / "native"), path, "--threads", "1"])
+    assert done.exit_code == 0, done.output
 
 
 def test_plans_and_models_that_make_no_paths(folder: Path, routed: Routing) -> None:

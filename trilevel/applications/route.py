@@ -85,6 +85,7 @@ class Options:
         drop_known: leave out samples that the model was trained on, instead of refusing them.
         budget_s: of measuring times.
         statics: artifacts of other models for the same task, which the report shows beside.
+        target: of the artifact that is made of a run, see `export`.
     """
 
     targets: tuple[Target, ...]
@@ -94,6 +95,7 @@ class Options:
     drop_known: bool = False
     budget_s: float = 60.0
     statics: tuple[str | Path, ...] = ()
+    target: str = "portable"
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -146,17 +148,17 @@ def route(
     out = Path(out)
     check_free(out)
     folder = Path(f"{out}.work") if work is None else Path(work)
-    machine = machine or Machine(runtime=default_runtime())
     if is_artifact(source):
         artifact, origin = read_artifact(source), None
     else:
         made = make_family(
-            source, data, plan, folder, seed=options.seed, limit=options.limit, progress=progress,
-            show_progress=show_progress, tell=tell,
+            source, data, plan, folder, target=options.target, seed=options.seed, limit=options.limit,
+            progress=progress, show_progress=show_progress, tell=tell,
         )  # fmt: skip
         artifact, origin = made
     if not artifact.manifest.families:
         raise ConfigError(f"{source} is an artifact with one path. Name the run it was made of, to make others.")
+    machine = machine or Machine(runtime=default_runtime(artifact))
     steps = machine.open(artifact)
     check_path_probes(artifact, steps)
     statics = open_statics(artifact, machine, options.statics)

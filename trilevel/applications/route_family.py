@@ -16,7 +16,7 @@ from trilevel.applications.compress import load_task
 from trilevel.applications.kinds import kind_of
 from trilevel.artifact.export.artifact import check_target, example_of, precision_of
 from trilevel.artifact.export.segments import Piece, classifier_segments, export_segments, segment_probes
-from trilevel.artifact.manifest import PATHS_FILE, Artifact, is_artifact, read_artifact, write_artifact
+from trilevel.artifact.manifest import NATIVE, PATHS_FILE, Artifact, is_artifact, read_artifact, write_artifact
 from trilevel.artifact.platform import has_integer_products
 from trilevel.artifact.probe import Probe, write_probes
 from trilevel.compression.compress import compress
@@ -61,6 +61,7 @@ def make_family(
     plan: CompressionPlan | None,
     work: Path,
     *,
+    target: str = "portable",
     seed: int,
     limit: int | None,
     progress: Progress,
@@ -76,6 +77,7 @@ def make_family(
         plan: with exits; None for `default_plan`, or that of documents. With rounding the run is the full path, without
             the copy that it makes.
         work: folder of what is kept between calls.
+        target: see `export`.
         seed: of training.
         limit: training examples, for a try.
         progress, show_progress, tell: told of what is done.
@@ -86,8 +88,9 @@ def make_family(
     """
     if kind_of(source) == "documents":
         return _documents(
-            source, data, plan, work, seed=seed, limit=limit, progress=progress, show_progress=show_progress, tell=tell
-        )
+            source, data, plan, work, target=target, seed=seed, limit=limit, progress=progress,
+            show_progress=show_progress, tell=tell,
+        )  # fmt: skip
     plan = default_plan() if plan is None else plan
     kinds = [stage.name for stage in plan.stages]
     if "exits" not in kinds:
@@ -99,16 +102,17 @@ def make_family(
         raise ConfigError(f"{source} must be a float image or text classifier without exits: it is the reference.")
     made = compress(task, plan, work / "model", seed=seed, progress=progress, show_progress=show_progress)
     folder = work / "draft"
-    key = {"source": task.source_sha256, "model": made.report["stages"][-1]["key"]}
+    key = {"source": task.source_sha256, "model": made.report["stages"][-1]["key"], "target": target}
     origin: Origin = task.run.origin  # type: ignore[attr-defined]  # of both classifiers
     if read_json(work / "draft.json") == key and is_artifact(folder):
         return read_artifact(folder), origin
     # without rounding the copy is the full path itself, and its exits are ends on the way
     is_float = precision_of(made.model) == "float32"
-    whole = _whole(made.folder if is_float else source, work, key["model"] if is_float else key["source"], tell)
+    own = key["model"] if is_float else key["source"]
+    whole = _whole(made.folder if is_float else source, work, own, target, tell)
     whole = replace(whole, manifest=replace(whole.manifest, name=Path(source).resolve().name))
     tell("writing the segments")
-    artifact = _classifier_draft(whole, made.model, task, work)
+    artifact = _classifier_draft(whole, made.model, task, target, work)
     write_json(work / "draft.json", key)
     return artifact, origin
 
@@ -119,32 +123,34 @@ def _documents(
     plan: CompressionPlan | None,
     work: Path,
     *,
+    target: str,
     tell: Tell,
     **options: Any,
 ) -> tuple[Artifact, Origin]:
     from trilevel.applications.documents.route_family import make_document_family
 
     made = make_document_family(source, data, plan, work, **options)
-    if read_json(work / "draft.json") == {"key": made.key} and is_artifact(work / "draft"):
+    key = {"key": made.key, "target": target}
+    if read_json(work / "draft.json") == key and is_artifact(work / "draft"):
         return read_artifact(work / "draft"), made.origin
-    whole = _whole(source, work, made.key.partition(" ")[0], tell)
+    whole = _whole(source, work, made.key.partition(" ")[0], target, tell)
     tell("writing the segments")
     artifact = _draft(whole, made.name, made.pieces, made.example, made.axes, made.probes, made.settings, work)
-    write_json(work / "draft.json", {"key": made.key})
+    write_json(work / "draft.json", key)
     return artifact, made.origin
 
 
-def _whole(source: str | Path, work: Path, key: str, tell: Tell) -> Artifact:
+def _whole(source: str | Path, work: Path, model: str, target: str, tell: Tell) -> Artifact:
     """The graph of a model in float, which takes minutes, made once."""
-    folder = work / "whole"
-    if read_json(work / "whole.json") != {"key": key} or not is_artifact(folder):
-        export(source, folder, tell=tell)
-        write_json(work / "whole.json", {"key": key})
+    folder, key = work / "whole", {"key": model, "target": target}
+    if read_json(work / "whole.json") != key or not is_artifact(folder):
+        export(source, folder, target=target, tell=tell)
+        write_json(work / "whole.json", key)
     return read_artifact(folder)
 
 
-def _classifier_draft(whole: Artifact, model: Any, task: CompressionTask, work: Path) -> Artifact:
-    check_target(model, "portable")
+def _classifier_draft(whole: Artifact, model: Any, task: CompressionTask, target: str, work: Path) -> Artifact:
+    check_target(model, target)
     calls, axes = _calls(task, whole, model)
     origin = task.run.origin  # type: ignore[attr-defined]  # of both classifiers
     settings = {"valid_fraction": origin.valid_fraction}
@@ -169,7 +175,8 @@ def _draft(
     files = work / "segments"
     shutil.rmtree(files, ignore_errors=True)
     files.mkdir(parents=True)
-    segments = export_segments(pieces, family, example, axes, files)
+    is_native = whole.manifest.target == NATIVE
+    segments = export_segments(pieces, family, example, axes, files, is_native=is_native)
     settings = {**whole.manifest.settings, **settings}
     manifest = replace(whole.manifest, settings=settings, families={family: segments})
     wanted: dict[str, Callable[[Path], None]] = {

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trilevel.cli.export import RuntimeName
+from trilevel.cli.export import RuntimeName, Target
 
 if TYPE_CHECKING:
     from trilevel.applications.route import Options, Routing
@@ -62,6 +63,9 @@ def route(
     seed: _Seed = 0,
     drop_known: _DropKnown = False,
     static: _Statics = None,
+    kind: Annotated[
+        Target, typer.Option("--artifact-target", help="Of the graphs, as --target of trilevel export.")
+    ] = Target.portable,
     as_json: _Json = False,
 ) -> None:
     """Give each input the cheapest path that is proved safe: exits behind segments, INT8, the full model where needed.
@@ -73,7 +77,9 @@ def route(
     from trilevel.cli.bench import progress_bar
     from trilevel.compression.plan import read_plan
 
-    options = _options(source, max_loss, confidence, target, limit, seed, drop_known, static)
+    options = replace(
+        _options(source, max_loss, confidence, target, limit, seed, drop_known, static), target=kind.value
+    )
     with progress_bar() as progress:
         made = run(
             source,
@@ -81,7 +87,7 @@ def route(
             out,
             options,
             plan=None if plan is None else read_plan(plan),
-            machine=_machine(runtime, threads),
+            machine=_machine(runtime, threads, source, kind),
             progress=progress,
             tell=lambda what: typer.echo(f"{what} ...", err=True),
         )
@@ -107,7 +113,7 @@ def certify(
 
     options = _options(artifact, max_loss, confidence, target, limit, seed, drop_known=False, static=static)
     with progress_bar() as progress:
-        made = run(artifact, data, artifact, options, machine=_machine(runtime, threads), progress=progress)
+        made = run(artifact, data, artifact, options, machine=_machine(runtime, threads, artifact), progress=progress)
     _show(made, as_json)
 
 
@@ -124,7 +130,7 @@ def route_explain(
 
     from trilevel.applications.artifacts import explained
 
-    machine = _machine(runtime, threads)
+    machine = _machine(runtime, threads, artifact)
     for name, label, found in explained(artifact, inputs, runtime=machine.runtime, threads=machine.threads):
         if as_json:
             typer.echo(json.dumps({"source": name, "label": label} | dataclasses.asdict(found)))
@@ -158,11 +164,18 @@ def _options(
     )
 
 
-def _machine(runtime: RuntimeName | None, threads: int | None) -> Machine:
+def _machine(
+    runtime: RuntimeName | None, threads: int | None, source: Path, target: Target = Target.portable
+) -> Machine:
     from trilevel.applications.route_outcomes import Machine
     from trilevel.artifact.check import default_runtime
+    from trilevel.artifact.manifest import is_artifact, read_artifact
 
-    return Machine(runtime=default_runtime() if runtime is None else runtime.value, threads=threads)
+    if runtime is not None:
+        return Machine(runtime=runtime.value, threads=threads)
+    if target is Target.native:
+        return Machine(runtime=RuntimeName.onnxruntime.value, threads=threads)
+    return Machine(runtime=default_runtime(read_artifact(source) if is_artifact(source) else None), threads=threads)
 
 
 def _show(made: Routing, as_json: bool) -> None:

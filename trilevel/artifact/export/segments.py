@@ -74,6 +74,8 @@ def export_segments(
     example: Mapping[str, Tensor],
     axes: Mapping[str, Sequence[int | str]],
     folder: Path,
+    *,
+    is_native: bool = False,
 ) -> tuple[Segment, ...]:
     """Write the segments of a model as files of a family in `folder`.
 
@@ -83,6 +85,7 @@ def export_segments(
         example: what the first one reads; see `export_onnx`.
         axes: see `export_onnx`, for all that any of them reads or gives, without `NEXT`.
         folder: to write to.
+        is_native: see `export_onnx`.
     """
     made = []
     given = dict(example)
@@ -91,7 +94,7 @@ def export_segments(
         inputs = {name: given[name] for name in piece.reads}
         path, module = folder / segment_file(family, number), piece.eval()
         wanted = piece.gives if len(piece.gives) > 1 else piece.gives[0]
-        reads, gives = export_onnx(module, inputs, named, path, output=wanted)
+        reads, gives = export_onnx(module, inputs, named, path, output=wanted, is_native=is_native)
         made.append(Segment(inputs=reads, outputs=gives))
         with torch.no_grad():
             found = piece(*inputs.values())
