@@ -45,6 +45,12 @@ def int8_artifact(shared_folder: Path) -> Artifact:
 
 
 @pytest.fixture(scope="session")
+def native_artifact(shared_folder: Path) -> Artifact:
+    """Two layers whose attention is an operator of the native kernels."""
+    return _made_once(shared_folder, "mean-native", is_native=True)
+
+
+@pytest.fixture(scope="session")
 def task_artifact(shared_folder: Path) -> Callable[[str], Artifact]:
     """An artifact: `embedding`, `classification`, `images`, `int8` (a classifier of texts) or `small-images`."""
 

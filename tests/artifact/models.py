@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import trilevel
 from trilevel.artifact.export.onnx import export_onnx
-from trilevel.artifact.manifest import MODEL_FILE, PROBE_FILE, Artifact, Manifest, write_artifact
+from trilevel.artifact.manifest import MODEL_FILE, NATIVE, PROBE_FILE, Artifact, Manifest, write_artifact
 from trilevel.artifact.probe import Probe, write_probes
 from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.compression.quantize import QuantizeConfig, freeze, quantize
@@ -79,17 +79,17 @@ def int8_model() -> nn.Module:
     return freeze(quantize(Mean(LEVELS, num_layers=1).eval(), config, batches, lambda model, batch: model(**batch)))
 
 
-def write_mean(folder: Path, *, is_dense: bool = False, is_int8: bool = False) -> Artifact:
+def write_mean(folder: Path, *, is_dense: bool = False, is_int8: bool = False, is_native: bool = False) -> Artifact:
     """An artifact of the model."""
     model = int8_model() if is_int8 else mean_model(is_dense)
     graph = folder.with_suffix(".onnx")
-    inputs, outputs = export_onnx(model, call(2, 53), AXES, graph, output="vector")
+    inputs, outputs = export_onnx(model, call(2, 53), AXES, graph, output="vector", is_native=is_native)
     manifest = Manifest(
         task="embedding",
         name="mean",
         trilevel=trilevel.__version__,
         precision="int8" if is_int8 else "float32",
-        target="portable" if is_int8 else None,
+        target=NATIVE if is_native else "portable" if is_int8 else None,
         inputs=inputs,
         outputs=outputs,
     )

@@ -179,20 +179,23 @@ def test_shapes_that_do_not_belong_together_are_an_error(tmp_path: Path) -> None
         "num_global_tokens": 0,
         "num_sinks": 0,
     }
-    node = helper.make_node(NAME, ["q", "k", "v"], ["y"], domain="trilevel", scale=1.0, **sizes)
+    node = helper.make_node(NAME, ["q", "k", "v", "", "s"], ["y"], domain="trilevel", scale=1.0, **sizes)
     values = {name: helper.make_tensor_value_info(name, kind, [None] * 4) for name in "qkvy"}
-    graph = helper.make_graph([node], "one", [values[name] for name in "qkv"], [values["y"]])
+    values["s"] = helper.make_tensor_value_info("s", kind, [None] * 2)
+    graph = helper.make_graph([node], "one", [values[name] for name in "qkvs"], [values["y"]])
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("trilevel", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(tmp_path / "one.onnx"))
     options = onnxruntime.SessionOptions()
     options.register_custom_ops_library(str(library.library_path()))
     session = onnxruntime.InferenceSession(str(tmp_path / "one.onnx"), options)
-    x = np.ones((1, 5, 2, 4), np.float32)
-    np.testing.assert_allclose(session.run(None, {"q": x, "k": x, "v": x})[0], x, rtol=1e-6)
+    x, score = np.ones((1, 5, 2, 4), np.float32), np.zeros((1, 5), np.float32)
+    np.testing.assert_allclose(session.run(None, {"q": x, "k": x, "v": x, "s": score})[0], x, rtol=1e-6)
     # three heads are not two, and keys of other tokens
     for query, key in ((x.repeat(2, axis=2)[:, :, :3], x), (x, x[:, :4])):
         with pytest.raises(Exception, match="query, key and value are no"):
-            session.run(None, {"q": query, "k": key, "v": key})
+            session.run(None, {"q": query, "k": key, "v": key, "s": score})
+    with pytest.raises(Exception, match=r"input 4 is no \(1, 5\)"):
+        session.run(None, {"q": x, "k": x, "v": x, "s": score[:, :4]})
 
 
 def test_a_target_that_is_unknown(tmp_path: Path, artifact: Artifact) -> None:

@@ -57,11 +57,18 @@ class Kernel {
     given.batch = query.shape[0], given.tokens = query.shape[1], given.heads = query.shape[2], given.dim = query.shape[3];
     given.kv_heads = key.shape[2];
     given.query = query.rows(), given.key = key.rows(), given.value = value.rows(), given.out = out.rows();
-    given.pool_weight = static_cast<const float*>(input(context, 3).data);
-    given.score = static_cast<const float*>(input(context, 4).data);
-    given.forced = static_cast<const uint8_t*>(input(context, 5).data);
-    given.valid = static_cast<const uint8_t*>(input(context, 6).data);
-    given.segment = static_cast<const int64_t*>(input(context, 7).data);
+    const auto optional = [&](size_t index, int64_t rows, int64_t columns) {
+      const Tensor found = input(context, index);
+      const bool fits = !found.data || (found.shape.size() == 2 && found.shape[0] == rows && found.shape[1] == columns);
+      const std::string wanted = "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
+      if (!fits) throw std::runtime_error("trilevel: input " + std::to_string(index) + " is no " + wanted);
+      return found.data;
+    };
+    given.pool_weight = static_cast<const float*>(optional(3, given.kv_heads, given.dim));
+    given.score = static_cast<const float*>(optional(4, given.batch, given.tokens));
+    given.forced = static_cast<const uint8_t*>(optional(5, given.batch, given.tokens));
+    given.valid = static_cast<const uint8_t*>(optional(6, given.batch, given.tokens));
+    given.segment = static_cast<const int64_t*>(optional(7, given.batch, given.tokens));
     // as ../impl/native.py: of one token more than there are no region is complete, as with any larger size
     const auto at_most = [](int64_t x, int64_t limit) { return int32_t(x < limit ? x : limit); };
     for (int i = 0; i < 3; i++) given.split[i] = int32_t(split_[i]);
