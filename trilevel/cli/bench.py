@@ -101,7 +101,9 @@ def compression(
     work: Annotated[
         Path | None, typer.Option(help="Keep the graphs here for the next run; else they are made anew (5 min).")
     ] = None,
-    applications: Annotated[bool, typer.Option(help="The applications' artifacts alone (5 min).")] = False,
+    applications: Annotated[
+        bool | None, typer.Option(help="The applications' artifacts alone (8 min), or the encoders alone; default: both.")
+    ] = None,
 ) -> None:
     """INT8 encoders, ours and others', at 512 and 8,192 tokens, and the applications' artifacts (about 25 min)."""
     import dataclasses
@@ -116,6 +118,8 @@ def compression(
     case = CompressionCase.smoke() if smoke else CompressionCase()
     if applications:
         case = dataclasses.replace(case, lengths=(), memory=False, batch=0)
+    if applications is False:
+        case = dataclasses.replace(case, models=None)
     case = dataclasses.replace(case, folder=None if encoder is None else str(encoder), work=work)
     with progress_bar() as progress:
         report = run(case, progress)
