@@ -102,7 +102,8 @@ def compression(
         Path | None, typer.Option(help="Keep the graphs here for the next run; else they are made anew (5 min).")
     ] = None,
     applications: Annotated[
-        bool | None, typer.Option(help="The applications' artifacts alone (8 min), or the encoders alone; default: both.")
+        bool | None,
+        typer.Option(help="The applications' artifacts alone (8 min), or the encoders alone; default: both."),
     ] = None,
 ) -> None:
     """INT8 encoders, ours and others', at 512 and 8,192 tokens, and the applications' artifacts (about 25 min)."""
