@@ -234,19 +234,24 @@ async def test_rest_alone_needs_no_grpc() -> None:
     assert done.stdout.strip() == "set()"
 
 
+CLIENTS = {
+    "tritonclient": (["tritonclient[http,grpc]>=2.60"], "foreign_triton.py", ["+double", "-double"] * 2),
+    "kserve": (["kserve>=0.21", "pyyaml"], "foreign_kserve.py", []),
+}
+
+
+@pytest.fixture(params=CLIENTS)
+def client_of_others(request: pytest.FixtureRequest) -> tuple[Path, str, list[str]]:
+    """An interpreter with a client, whose protobuf is older than ours; its program; what that loads and unloads."""
+    packages, script, loads = CLIENTS[request.param]
+    return environment(request.param, *packages), script, loads
+
+
 @pytest.mark.foreign
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize(
-    ("name", "packages", "script", "loads"),
-    [
-        ("tritonclient", ["tritonclient[http,grpc]>=2.60"], "foreign_triton.py", ["+double", "-double"] * 2),
-        ("kserve", ["kserve>=0.21", "pyyaml"], "foreign_kserve.py", []),
-    ],
-)
 @looped
-async def test_clients_of_others_work_unchanged(name: str, packages: list[str], script: str, loads: list[str]) -> None:
-    # their protobuf is older than ours
-    python, engine = environment(name, *packages), FakeEngine()
+async def test_clients_of_others_work_unchanged(client_of_others: tuple[Path, str, list[str]]) -> None:
+    (python, script, loads), engine = client_of_others, FakeEngine()
     async with served(engine, grpc_port=0) as server:
         path = str(Path(__file__).with_name(script))
         ports = [str(server.rest_port), str(server.grpc_port)]
