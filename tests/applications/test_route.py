@@ -332,7 +332,8 @@ def test_attention_by_the_native_kernels(folder: Path, routed: Routing) -> None:
     done = CliRunner().invoke(app, ["verify", str(folder / "native"), "--json"])
     assert done.exit_code == 0, done.output
     rows = json.loads(done.output.strip().splitlines()[-1])["rows"]
-    assert {(row["runtime"], row["family"]) for row in rows} == {("onnxruntime", ""), ("onnxruntime", "int8")}
+    # in one runtime, the only one that can
+    assert [(row["family"], row["holds"]) for row in rows] == [("", True), ("int8", True)]
     path = str(next((folder / "held").rglob("*.png")))
     done = CliRunner().invoke(app, ["route-explain", str(folder / "native"), path, "--threads", "1"])
     assert done.exit_code == 0, done.output
