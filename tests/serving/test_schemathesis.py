@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.artifact.installed import cached
-from tests.artifact.installed import run as run_command
+from tests.artifact.installed import environment
 from tests.serving.fake_engine import FakeEngine
 from tests.serving.rest_client import Lengths
 from tests.serving.test_client import server_in_a_thread
@@ -25,18 +23,15 @@ CHECKS = (
 )
 
 
-def schemathesis(target: Path) -> None:
-    """An environment of its own: what it needs is newer than what is pinned."""
-    run_command(sys.executable, "-m", "venv", str(target))
-    run_command(str(target / "bin" / "python"), "-m", "pip", "install", "-qq", "schemathesis>=4.30")
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_requests_made_of_the_description(tmp_path: Path) -> None:
-    python = cached("schemathesis", schemathesis) / "bin" / "python"
+    # of its own: what it needs is newer than what is pinned
+    python = environment("schemathesis", "schemathesis>=4.30")
     # else nearly all requests would be for models that are none
     names = '[parameters]\n"path.name" = ["double", "texts", "none"]\n"path.version" = ["1", "2", "none"]\n'
+    # a deadline of a millisecond is drawn too, and may well pass
+    names += '[checks.not_a_server_error]\nexpected-statuses = ["2XX", "3XX", "4XX", 504]\n'
     (tmp_path / "schemathesis.toml").write_text(names, encoding="utf-8")
     options = ["--max-time", "40", "--seed", "1", "--no-color", "--checks", ",".join(CHECKS), "--continue-on-failure"]
     engine = FakeEngine()
