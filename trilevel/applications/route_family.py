@@ -16,7 +16,7 @@ from trilevel.applications.compress import load_task
 from trilevel.applications.kinds import kind_of
 from trilevel.artifact.export.artifact import check_target, example_of, precision_of
 from trilevel.artifact.export.segments import Piece, classifier_segments, export_segments, segment_probes
-from trilevel.artifact.manifest import NATIVE, PATHS_FILE, Artifact, is_artifact, read_artifact, write_artifact
+from trilevel.artifact.manifest import PATHS_FILE, Artifact, is_artifact, read_artifact, write_artifact
 from trilevel.artifact.platform import has_integer_products
 from trilevel.artifact.probe import Probe, write_probes
 from trilevel.compression.compress import compress
@@ -175,8 +175,7 @@ def _draft(
     files = work / "segments"
     shutil.rmtree(files, ignore_errors=True)
     files.mkdir(parents=True)
-    is_native = whole.manifest.target == NATIVE
-    segments = export_segments(pieces, family, example, axes, files, is_native=is_native)
+    segments = export_segments(pieces, family, example, axes, files, is_native=whole.manifest.is_native)
     settings = {**whole.manifest.settings, **settings}
     manifest = replace(whole.manifest, settings=settings, families={family: segments})
     wanted: dict[str, Callable[[Path], None]] = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from trilevel.artifact.manifest import NATIVE, Artifact
+from trilevel.artifact.manifest import Artifact
 from trilevel.artifact.probe import read_probes
 from trilevel.artifact.runtime.predictor import Precision, Runtime, load_predictor
 from trilevel.artifact.verify import Parity, integer_kernels, parity
@@ -24,20 +24,17 @@ _X86 = ("x86_64", "amd64", "i386", "i686")
 
 def installed(artifact: Artifact | None = None) -> list[Runtime]:
     """The runtimes whose packages are there, of those that can run an artifact if one is given."""
-    known: tuple[Runtime, ...] = get_args(Runtime) if artifact is None or not _is_native(artifact) else ("onnxruntime",)
+    is_native = artifact is not None and artifact.manifest.is_native
+    known: tuple[Runtime, ...] = ("onnxruntime",) if is_native else get_args(Runtime)
     return [name for name in known if all(map(importlib.util.find_spec, PACKAGES[name]))]
 
 
 def default_runtime(artifact: Artifact | None = None) -> Runtime:
     """OpenVINO on x86 where it is installed and can run the artifact, else ONNX Runtime, installed or not."""
-    if artifact is not None and _is_native(artifact):
+    if artifact is not None and artifact.manifest.is_native:
         return "onnxruntime"
     has_openvino = importlib.util.find_spec("openvino") is not None
     return "openvino" if has_openvino and platform.machine().lower() in _X86 else "onnxruntime"
-
-
-def _is_native(artifact: Artifact) -> bool:
-    return artifact.manifest.target == NATIVE
 
 
 def precisions(runtime: Runtime) -> tuple[Precision, ...]:

@@ -104,6 +104,11 @@ class Manifest:
         return values
 
     @property
+    def is_native(self) -> bool:
+        """Whether the graph has operators of trilevel's kernels, which ONNX Runtime alone can run."""
+        return self.target == NATIVE
+
+    @property
     def full_path(self) -> str:
         """The path that all others are measured against: the end of the float family, or the whole graph."""
         return f"{FULL_FAMILY}/{len(self.families.get(FULL_FAMILY, (None,)))}"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trilevel.attention.levels import LevelRatio
+from trilevel.attention.levels import LevelRatio, Levels
 from trilevel.errors import require
 
 DOMAIN, NAME = "trilevel", "MultiLevelAttention"
@@ -71,7 +71,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
             local=split.local,
             regional=split.regional,
             **{"global": split.global_},
-            radius=(window - 1) // 2,
+            radius=Levels(window=window).radius,
             region_size=region_size or 0,
             num_global_tokens=num_global_tokens,
             num_sinks=num_sinks,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from trilevel.artifact.manifest import NATIVE, Artifact
+from trilevel.artifact.manifest import Artifact
 from trilevel.artifact.probe import Arrays
 from trilevel.artifact.runtime.predictor import Precision, check_inputs
 from trilevel.errors import ArtifactError, ImplementationError, require
@@ -92,7 +92,7 @@ class OnnxRuntime:
 
 def _kernels(artifact: Artifact) -> tuple[ctypes.CDLL, str] | None:
     """The library of native kernels and its file, where the graph has operators of it."""
-    if artifact.manifest.target != NATIVE:
+    if not artifact.manifest.is_native:
         return None
     from trilevel.attention import library
 

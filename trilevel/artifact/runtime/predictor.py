@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import numpy.typing as npt
 
-from trilevel.artifact.manifest import NATIVE, Artifact, Tensors
+from trilevel.artifact.manifest import Artifact, Tensors
 from trilevel.artifact.probe import Arrays
 from trilevel.errors import ArtifactError, ConfigError, InputError
 from trilevel.routing.steps import rows_at_once
@@ -129,7 +129,7 @@ def load_predictor(
     check_options(threads, precision)
     if runtime not in _RUNTIMES:
         raise ConfigError(f"runtime={runtime!r} is unknown; known are {', '.join(_RUNTIMES)}.")
-    if artifact.manifest.target == NATIVE and runtime != "onnxruntime":
+    if artifact.manifest.is_native and runtime != "onnxruntime":
         raise ArtifactError(
             f"{artifact.path} has attention as an operator of trilevel's kernels, which {runtime} has not. Use "
             "runtime='onnxruntime', or export the model with target='portable'."
